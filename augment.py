@@ -1,0 +1,284 @@
+"""Training augmentation for segmentation: what happens to image and label before the network.
+
+The official model was trained through mmsegmentation 0.30.0, which does its pixel work in cv2 4.8.
+This file states the same geometry and colour rules in plain numpy, so that no cv2 is needed and
+every rounding can be read. In pipeline order:
+
+    random_rescale -> resize_bilinear (image), resize_nearest (label)    mmseg `Resize`
+    crop_offset -> crop (both)                                           mmseg `RandomCrop`
+    flip (both)                                                          mmseg `RandomFlip`
+    photometric_distortion (image)                                       mmseg `PhotoMetricDistortion`
+    pad_to (both, the image after normalisation)                         mmseg `Pad`
+
+Images are (H, W, 3) uint8 RGB, labels (H, W) uint8 with 255 = ignore. (cv2 loads BGR, but only the
+HSV rules can tell the channels apart, and those are written for RGB here.)
+
+What must agree, bit for bit, with cv2 4.8 on uint8: `resize_bilinear`, `resize_nearest`,
+`rgb_to_hsv`. `hsv_to_rgb` reproduces cv2's vector path (x86 with AVX2 and fused multiply-add). cv2
+finishes each row, the last W mod 32 pixels, in a scalar loop that rounds where the vector path
+truncates; there, and on machines without fused multiply-add, the two may differ by 1 grey level.
+
+Randomness comes only from the `rng` argument. mmseg draws from numpy's global generator; we draw
+in the same order from the same distributions, so the statistics agree but the streams do not.
+"""
+import functools
+
+import numpy as np
+
+IGNORE = 255                     # label value that no loss and no statistic counts
+CROP_CHECKS = 10                 # draws RandomCrop inspects before it takes what comes
+BRIGHTNESS_DELTA = 32.0          # grey levels
+FACTOR_RANGE = (0.5, 1.5)        # contrast (all channels) and saturation (S of HSV)
+HUE_DELTA = 18                   # hue steps
+HUE_STEPS = 180                  # cv2 stores hue in steps of 2 degrees, to fit a byte
+WEIGHT_ONE = 2048                # bilinear weights are integers; 2048 stands for 1.0
+HSV_SHIFT = 12                   # RGB -> HSV divides by multiplying with reciprocals times 2**12
+ROW_BLOCK = 32                   # rows worked on at a time, so that temporaries stay in the L2 cache
+
+
+# ------------------------------------------------------------------------------------- geometry
+
+def rescale_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
+    """Largest (height, width) of the same aspect within scale = (long side, short side), pixels.
+
+    The two bounds may come in either order. Raises ValueError if any side is below 1.
+    Source: mmcv 1.7.1 `rescale_size`, as mmseg 0.30.0 `Resize` calls it with keep_ratio.
+    """
+    if min(height, width, *scale) < 1:
+        raise ValueError(f"sides must be >= 1, got image {(height, width)} and scale {scale}")
+    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+    return int(height * factor + 0.5), int(width * factor + 0.5)
+
+
+def random_rescale(height: int, width: int, base_scale: tuple[int, int], rng: np.random.Generator,
+                   ratio_range: tuple[float, float] = (0.5, 2.0)) -> tuple[int, int]:
+    """A random target (height, width): one ratio ~ U[ratio_range) scales both bounds.
+
+    base_scale is (2048, 512) for ADE20K and (2048, 1024) for Cityscapes.
+    Source: mmseg 0.30.0 `Resize` (ratio_range).
+    """
+    ratio = rng.uniform(*ratio_range)
+    return rescale_size(height, width, (int(base_scale[0] * ratio), int(base_scale[1] * ratio)))
+
+
+def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize (H, W, C) or (H, W) uint8 to size = (h, w), bilinear, without antialiasing.
+
+    Integers throughout: columns are blended first, then rows, with weights out of 2048.
+    Raises ValueError for another dtype or rank, or an empty size.
+    Source: cv2 4.8 `resize`, INTER_LINEAR on uint8.
+    """
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise ValueError(f"need (H, W) or (H, W, C) uint8, got {image.shape} {image.dtype}")
+    _check_resize(image, size)
+    height, width, channels = (*image.shape, 1)[:3]
+    left, right, left_weight, right_weight = _column_taps(width, size[1], channels)
+    upper, lower, upper_weight, lower_weight = _taps(height, size[0])
+    rows = np.ascontiguousarray(image).reshape(height, width * channels)
+    out = np.empty((size[0], size[1] * channels), np.uint8)
+    for start in range(0, size[0], ROW_BLOCK):
+        block = slice(start, start + ROW_BLOCK)
+        first = upper[start]
+        source = rows[first:lower[block][-1] + 1]
+        blended = np.take(source, left, axis=1) * left_weight      # (rows, w*C) int32, 2048 = 1.0
+        blended += np.take(source, right, axis=1) * right_weight
+        blended >>= 4                            # these shifts drop bits: they are part of the rule
+        top = blended[upper[block] - first] * upper_weight[block, None] >> 16
+        top += blended[lower[block] - first] * lower_weight[block, None] >> 16
+        out[block] = (top + 2) >> 2
+    return out.reshape(*size, *image.shape[2:])
+
+
+def _taps(source: int, target: int) -> tuple[np.ndarray, ...]:
+    """For each of `target` samples: its two source indices and their int32 weights out of 2048."""
+    # Pixel centres sit at +0.5. cv2 computes in float64, then keeps a float32: both steps matter.
+    position = ((np.arange(target) + 0.5) * (1 / (target / source)) - 0.5).astype(np.float32)
+    index = np.floor(position).astype(np.int64)
+    fraction = position - index.astype(np.float32)
+    weights = (np.rint(f * np.float32(WEIGHT_ONE)) for f in (1 - fraction, fraction))
+    return (*(np.clip(i, 0, source - 1) for i in (index, index + 1)),
+            *(w.astype(np.int32) for w in weights))
+
+
+def _column_taps(source: int, target: int, channels: int) -> tuple[np.ndarray, ...]:
+    """`_taps` along a row of interleaved channels: every array has target * channels entries."""
+    left, right, left_weight, right_weight = _taps(source, target)
+    # Outside the outermost centres cv2 gives a column all the weight, but leaves a row split in
+    # two parts that truncate separately. Treating both alike is off by 1 in 0.2 % of the values.
+    left_weight[left == right], right_weight[left == right] = WEIGHT_ONE, 0
+    left, right = (index[:, None] * channels + np.arange(channels) for index in (left, right))
+    return left.ravel(), right.ravel(), *(w.repeat(channels) for w in (left_weight, right_weight))
+
+
+def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize (H, W, ...) of any dtype to size = (h, w) by picking pixels; labels never blend.
+
+    Sample i reads floor(i * source / target): a pixel's corner, not its centre as in Pillow.
+    Raises ValueError for an empty size. Source: cv2 4.8 `resize`, INTER_NEAREST.
+    """
+    _check_resize(array, size)
+    # 1 / (target / source) is not always source / target in float64, and floor sees the last bit.
+    rows, columns = (np.minimum(np.floor(np.arange(target) * (1 / (target / source))), source - 1)
+                     for source, target in zip(array.shape, size))
+    return array[rows.astype(np.int64)[:, None], columns.astype(np.int64)]
+
+
+def _check_resize(array: np.ndarray, size: tuple[int, int]) -> None:
+    """Refuse, with the shapes in the message, what would otherwise be a division by zero."""
+    if array.ndim < 2 or min(*array.shape[:2], *size) < 1:
+        raise ValueError(f"cannot resize shape {array.shape} to {size}")
+
+
+def crop_offset(label: np.ndarray, size: tuple[int, int], rng: np.random.Generator,
+                max_ratio: float = 0.75, ignore: int = IGNORE) -> tuple[int, int]:
+    """Top-left (y, x) of a random crop in which no class fills max_ratio of the label.
+
+    A draw passes if its crop holds two classes or more and the largest covers less than max_ratio
+    of the pixels that count. Ten draws are checked, the eleventh is taken as it comes; max_ratio
+    >= 1 takes the first. Raises ValueError unless label is (H, W) uint8.
+    Source: mmseg 0.30.0 `RandomCrop` (cat_max_ratio).
+    """
+    if label.dtype != np.uint8 or label.ndim != 2:
+        raise ValueError(f"need a (H, W) uint8 label, got {label.shape} {label.dtype}")
+    checks = CROP_CHECKS if max_ratio < 1 else 0
+    for draw in range(checks + 1):
+        # y before x, both ends included; 0 along a side that the crop covers
+        y, x = (int(rng.integers(max(have - want, 0) + 1)) for have, want in zip(label.shape, size))
+        if draw == checks:
+            break
+        counts = np.bincount(crop(label, y, x, size).ravel(), minlength=256)
+        counts[ignore] = 0
+        if np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < max_ratio:
+            break
+    return y, x
+
+
+def crop(array: np.ndarray, y: int, x: int, size: tuple[int, int]) -> np.ndarray:
+    """View of the (h, w) window at (y, x), cut short where the array ends (`pad_to` fills up).
+
+    Raises ValueError for a negative offset, which numpy would count from the far edge.
+    """
+    if y < 0 or x < 0:
+        raise ValueError(f"crop offset must be >= 0, got {(y, x)}")
+    return array[y:y + size[0], x:x + size[1]]
+
+
+def flip(array: np.ndarray) -> np.ndarray:
+    """Mirror (H, W, ...) left to right; a copy, as torch.from_numpy refuses negative strides."""
+    return np.ascontiguousarray(array[:, ::-1])
+
+
+def pad_to(array: np.ndarray, size: tuple[int, int], value: float) -> np.ndarray:
+    """Extend (H, W, ...) right and down to size = (h, w), filled with value; keeps the dtype.
+
+    mmseg pads the normalised image, with 0.0 = mid-grey, and the label with 255. Raises ValueError
+    if the array exceeds size. Source: mmseg 0.30.0 `Pad`.
+    """
+    if array.shape[0] > size[0] or array.shape[1] > size[1]:
+        raise ValueError(f"cannot pad shape {array.shape} to the smaller {size}")
+    out = np.full((*size, *array.shape[2:]), value, array.dtype)
+    out[:array.shape[0], :array.shape[1]] = array
+    return out
+
+
+# --------------------------------------------------------------------------------------- colour
+
+def rgb_to_hsv(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> uint8 HSV: hue in 0..179 (steps of 2 degrees), S and V in 0..255.
+
+    Raises ValueError for another dtype or shape. Source: cv2 4.8 `cvtColor`, COLOR_RGB2HSV.
+    """
+    _check_colour(image)
+    out = np.empty(image.shape, np.uint8)
+    per_value, per_chroma = _reciprocals(255), _reciprocals(HUE_STEPS // 6)
+    half = 1 << (HSV_SHIFT - 1)
+    for start in range(0, len(image), ROW_BLOCK):
+        block = slice(start, start + ROW_BLOCK)
+        red, green, blue = (image[block, :, k].astype(np.int32) for k in range(3))
+        value = np.maximum(np.maximum(red, green), blue)
+        chroma = value - np.minimum(np.minimum(red, green), blue)
+        hue = np.where(value == red, green - blue,               # a tie goes to red, then to green
+                       np.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma))
+        hue = (hue * per_chroma[chroma] + half) >> HSV_SHIFT
+        out[block, :, 0] = hue + HUE_STEPS * (hue < 0)
+        out[block, :, 1] = (chroma * per_value[value] + half) >> HSV_SHIFT
+        out[block, :, 2] = value
+    return out
+
+
+@functools.cache
+def _reciprocals(numerator: int) -> np.ndarray:
+    """(256,) int32: numerator / n in 12-bit fixed point; 0 at n = 0, so that grey gets H = S = 0."""
+    return np.array([0, *np.rint((numerator << HSV_SHIFT) / np.arange(1, 256))], np.int32)
+
+
+def hsv_to_rgb(hsv: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 HSV -> uint8 RGB. A hue of 180 or more wraps round the colour circle.
+
+    Raises ValueError for another dtype or shape. Source: cv2 4.8 `cvtColor`, COLOR_HSV2RGB (vector
+    path: truncates; the module docstring says where cv2 may differ by 1).
+    """
+    _check_colour(hsv)
+    rgb = np.take(_shades(), hsv[..., 1] * np.int32(256) + hsv[..., 0], axis=0)
+    rgb *= (hsv[..., 2] * np.float32(1 / 255))[..., None]
+    rgb *= np.float32(255)         # does not cancel the line above: cv2 rounds, then truncates
+    return rgb.astype(np.uint8)
+
+
+@functools.cache
+def _shades() -> np.ndarray:
+    """(256 * 256, 3) float32, row S * 256 + H: the R, G, B at that saturation and hue for V = 1.
+
+    A channel is V * (1 - S * fade). Per sixth of the circle one channel has fade 0, one has fade 1
+    and the third moves between. No fade depends on V, so one table holds every hue and saturation.
+    """
+    position = np.arange(256, dtype=np.float32) * np.float32(6 / HUE_STEPS)
+    sector = np.floor(position)
+    down = position - sector                                     # this channel darkens with hue
+    up, full, none = 1 - down, np.zeros_like(down), np.ones_like(down)
+    sixths = [(full, up, none), (down, full, none), (none, full, up),
+              (none, down, full), (up, none, full), (full, none, down)]
+    fade = np.stack([np.choose(sector.astype(int) % 6, channel) for channel in zip(*sixths)], -1)
+    saturation = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
+    # cv2 fuses this multiply-subtract, rounding once; float64 holds a product of float32 exactly.
+    shade = 1 - saturation[:, None, None].astype(np.float64) * fade.astype(np.float64)
+    return shade.astype(np.float32).reshape(-1, 3)
+
+
+def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast, saturation, hue of an (H, W, 3) uint8 RGB image, each with odds 1/2.
+
+    A fifth coin decides whether contrast comes before or after the two HSV steps. Every step ends
+    in uint8, and each HSV step makes its own round trip, so that all the roundings are kept.
+    Raises ValueError for another dtype or shape. Source: mmseg 0.30.0 `PhotoMetricDistortion`.
+    """
+    _check_colour(image)
+    if rng.integers(2):
+        image = _convert(image, beta=rng.uniform(-BRIGHTNESS_DELTA, BRIGHTNESS_DELTA))
+    contrast_first = rng.integers(2)
+    if contrast_first and rng.integers(2):
+        image = _convert(image, alpha=rng.uniform(*FACTOR_RANGE))
+    if rng.integers(2):
+        hsv = rgb_to_hsv(image)
+        hsv[..., 1] = _convert(hsv[..., 1], alpha=rng.uniform(*FACTOR_RANGE))
+        image = hsv_to_rgb(hsv)
+    if rng.integers(2):
+        hsv = rgb_to_hsv(image)
+        shift = rng.integers(-HUE_DELTA, HUE_DELTA)              # -18..17: the upper end is left out
+        hsv[..., 0] = (hsv[..., 0] + np.int32(shift)) % HUE_STEPS
+        image = hsv_to_rgb(hsv)
+    if not contrast_first and rng.integers(2):
+        image = _convert(image, alpha=rng.uniform(*FACTOR_RANGE))
+    return image
+
+
+def _convert(pixels: np.ndarray, alpha: float = 1.0, beta: float = 0.0) -> np.ndarray:
+    """uint8 alpha * x + beta in float32, clipped to 0..255 and truncated, not rounded, as mmseg."""
+    scaled = pixels.astype(np.float32) * np.float32(alpha) + np.float32(beta)
+    return np.clip(scaled, 0, 255, out=scaled).astype(np.uint8)
+
+
+def _check_colour(image: np.ndarray) -> None:
+    """Refuse a float image in 0..1, which the byte rules would turn black without a word."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f"need (H, W, 3) uint8, got {image.shape} {image.dtype}")

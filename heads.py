@@ -1,0 +1,165 @@
+"""Task heads: what turns the UNet's four features into a prediction, and the losses on it.
+
+    task   neck (to the prompts' space, D = 768)   after rearrangement        head -> output
+    seg    PyramidNeck: 4 maps, x2, strides 4..32  4 x (B, N, h, w)           UPerHead -> logits
+
+Necks come before the dot product with the prompts (model.py), heads after it: a head sees N
+channels and knows nothing of the backbone.  Parameter names inside the heads are the official
+code's, so that the authors' checkpoints map by prefix.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = 255  # label of pixels that count neither in losses nor in metrics
+
+
+def resize(x: Tensor, size) -> Tensor:
+    """Bilinear resize of (B, C, H, W) to size = (h, w), pixel areas aligned, not corners."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+# ------------------------------------------------------------------------------------------------
+# Segmentation
+
+class PyramidNeck(nn.ModuleList):
+    """Each of the four features: x2 bilinear, 3x3 conv to D, GroupNorm, ReLU.
+
+    Official: segmentation/models/model.py, upconv1..4.
+    """
+
+    def __init__(self, channels: tuple[int, ...], c_prompt: int):
+        super().__init__([
+            nn.Sequential(nn.Conv2d(c, c_prompt, 3, padding=1), nn.GroupNorm(16, c_prompt),
+                          nn.ReLU()) for c in channels])
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """4 x (B, C_i, h, w) -> 4 x (B, D, 2h, 2w), finest first."""
+        doubled = [F.interpolate(f, scale_factor=2.0, mode="bilinear") for f in features]
+        return [layer(f) for layer, f in zip(self, doubled)]
+
+
+class ConvBNReLU(nn.Module):
+    """Convolution without bias, BatchNorm, ReLU; names and initial values as in mmcv."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(c_out)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c_in, H, W) -> (B, c_out, H, W)."""
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Classifier(nn.Module):
+    """Channel dropout and the 1x1 convolution to class logits, shared by both seg heads."""
+
+    def __init__(self, channels: int, num_classes: int, dropout: float):
+        super().__init__()
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.conv_seg.bias)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, num_classes, H, W)."""
+        return self.conv_seg(self.dropout(x))
+
+
+class UPerHead(Classifier):
+    """UPerNet's decoder: pyramid pooling on the coarsest map, then a feature pyramid.
+
+    Official: mmsegmentation 0.30.0 UPerHead, in 4 x N channels, `channels` wide inside.
+    """
+
+    def __init__(self, c_in: int, channels: int, num_classes: int, dropout: float):
+        super().__init__(channels, num_classes, dropout)
+        self.psp_modules = nn.ModuleList([
+            nn.Sequential(nn.AdaptiveAvgPool2d(bins), ConvBNReLU(c_in, channels, 1))
+            for bins in (1, 2, 3, 6)])
+        self.bottleneck = ConvBNReLU(c_in + 4 * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList([ConvBNReLU(c_in, channels, 1) for _ in range(3)])
+        self.fpn_convs = nn.ModuleList([ConvBNReLU(channels, channels, 3) for _ in range(3)])
+        self.fpn_bottleneck = ConvBNReLU(4 * channels, channels, 3)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """4 x (B, c_in, h, w), finest first -> logits (B, num_classes, h_0, w_0)."""
+        top = maps[3]
+        pooled = [resize(pool(top), top.shape[-2:]) for pool in self.psp_modules]
+        levels = [conv(x) for conv, x in zip(self.lateral_convs, maps)]
+        levels.append(self.bottleneck(torch.cat([top, *pooled], dim=1)))
+        for i in (3, 2, 1):                              # top-down: each level adds the coarser one
+            levels[i - 1] = levels[i - 1] + resize(levels[i], levels[i - 1].shape[-2:])
+        fine = [conv(x) for conv, x in zip(self.fpn_convs, levels)] + [levels[3]]
+        fine = [fine[0]] + [resize(x, fine[0].shape[-2:]) for x in fine[1:]]
+        return self.classify(self.fpn_bottleneck(torch.cat(fine, dim=1)))
+
+
+class FCNHead(Classifier):
+    """Auxiliary head on the map of stride 16: one 3x3 convolution, then classes.  Training only."""
+
+    def __init__(self, c_in: int, channels: int, num_classes: int, dropout: float):
+        super().__init__(channels, num_classes, dropout)
+        self.convs = nn.ModuleList([ConvBNReLU(c_in, channels, 3)])
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """4 x (B, c_in, h, w) -> logits (B, num_classes, h_2, w_2)."""
+        return self.classify(self.convs[0](maps[2]))
+
+
+class SegHead(nn.Module):
+    """UPerHead for the prediction, FCNHead as an auxiliary loss; `channels` inside both."""
+
+    def __init__(self, c_in: int, channels: int, num_classes: int, dropout: float):
+        super().__init__()
+        self.decode_head = UPerHead(c_in, channels, num_classes, dropout)
+        self.auxiliary_head = FCNHead(c_in, channels, num_classes, dropout)
+
+    def forward(self, maps: list[Tensor], size) -> Tensor:
+        """4 x (B, N, h, w) -> logits (B, num_classes, *size)."""
+        return resize(self.decode_head(maps), size)
+
+    def loss(self, maps: list[Tensor], target: Tensor) -> dict[str, Tensor]:
+        """4 x (B, N, h, w), labels (B, H, W) -> named losses, to be added up (spec A.2).
+
+        Logits are resized to the labels first.  The auxiliary loss carries its weight, 0.4.
+        """
+        logits = resize(self.decode_head(maps).float(), target.shape[-2:])
+        auxiliary = resize(self.auxiliary_head(maps).float(), target.shape[-2:])
+        return {"ce": cross_entropy(logits, target), "lovasz": lovasz_softmax(logits, target),
+                "aux": 0.4 * cross_entropy(auxiliary, target)}
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of (B, C, H, W) and (B, H, W), averaged over ALL pixels, ignored ones too.
+
+    Official: mmsegmentation's CrossEntropyLoss with avg_non_ignore=False.
+    """
+    total = F.cross_entropy(logits, target.long(), ignore_index=IGNORE, reduction="sum")
+    return total / target.numel()
+
+
+def lovasz_softmax(logits: Tensor, target: Tensor) -> Tensor:
+    """Lovasz-softmax loss of (B, C, H, W) and (B, H, W), over the classes present in the batch.
+
+    Per class: errors sorted in descending order, weighted by the growth of the Jaccard loss as
+    pixels are added in that order; then the mean over classes.  An ignored pixel gets error 0: it
+    sorts last and adds 0, so nothing needs to be cut out and every shape stays fixed.
+    DEVIATION: zero where no pixel is valid, the official code gives NaN (decisions 14).
+    """
+    probs = logits.float().softmax(dim=1).movedim(1, 0).flatten(1)         # (C, P)
+    labels = target.flatten()
+    truth = labels == torch.arange(len(probs), device=labels.device)[:, None]
+    errors = (truth.float() - probs).abs() * (labels != IGNORE)
+    errors, order = errors.sort(dim=1, descending=True)
+    with torch.no_grad():                                                  # gradient: errors only
+        truth = truth.gather(1, order).float()
+        area = truth.sum(dim=1, keepdim=True)                              # (C, 1)
+        intersection = area - truth.cumsum(dim=1)
+        union = area + (1 - truth).cumsum(dim=1)
+        jaccard = 1 - intersection / union
+        growth = torch.cat([jaccard[:, :1], jaccard.diff(dim=1)], dim=1)
+        present = area[:, 0] > 0
+    return ((errors * growth).sum(dim=1) * present).sum() / present.sum().clamp(min=1)

@@ -1,0 +1,241 @@
+"""Meta Prompts (Wan et al. 2023): Stable Diffusion 1.5 as a feature extractor for perception.
+
+"Harnessing Diffusion Models for Visual Perception with Meta Prompts", arXiv:2312.14733.  The
+official code has segmentation and depth (fudan-zvg/meta-prompts, commit 5628dd9).  Three ideas:
+
+  3.2.1  Meta prompts.  N learnable vectors take the place of the text embeddings that the UNet's
+         cross-attention reads.  No text encoder, no captions, no class names.
+  3.3    Recurrent refinement.  The UNet's output, same shape as its input, is fed back T times.
+         Each pass has its own learned timestep embedding; no noise is added anywhere.
+  3.2.2  Feature rearrangement.  The last pass's features are projected to the prompts' space and
+         multiplied with them: N response maps, which the task head reads.
+
+Symbols   B images   N prompts   D = 768 prompt width   T passes   H, W image size
+          latents (B, 4, H/8, W/8)   temb: timestep embedding   features: the UNet's four outputs
+Trained: everything but the VAE encoder and Stable Diffusion's own time embedding.
+"""
+from dataclasses import asdict, dataclass, fields, replace
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import unet
+import vae
+import weights
+from errors import InputError
+from heads import PyramidNeck, SegHead
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a model is: saved as config.json beside the weights.  Defaults: ADE20K."""
+
+    task: str = "seg"
+    num_prompts: int = 150  # N; paper Table 6 (seg 150) and 7 (depth 50)
+    refine_steps: int = 3  # T; paper 4.3
+    shared_prompts: bool = True  # one matrix for all passes (official seg), or one per pass (depth)
+    prompt_adapter: bool = False  # Linear-GELU-Linear on the prompts (official depth only)
+    modulated_timestep: bool = True  # False: SD's own embedding of t=0 in each pass (Table 5)
+    rearrange: bool = True  # False: the head reads the projected features themselves (Table 5)
+    latent_scale: float = 1.0  # official: no factor; Stable Diffusion itself uses 0.18215
+    train_encoder: bool = False  # only for a backbone that starts from random weights
+    num_classes: int = 150
+    class_names: tuple[str, ...] = ()
+    head_channels: int = 512
+    dropout: float = 0.0  # on channels, before the classifier: 0 on ADE20K, 0.1 on Cityscapes
+    unet_channels: tuple[int, ...] = unet.CHANNELS
+    num_heads: int = unet.NUM_HEADS
+    context_dim: int = unet.CONTEXT_DIM  # D
+    vae_channels: tuple[int, ...] = vae.CHANNELS
+
+    def __post_init__(self):
+        for field in fields(self):  # JSON has no tuples
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+
+
+def rearrange(features: Tensor, prompts: Tensor) -> Tensor:
+    """Feature rearrangement (3.2.2): how much each position answers to each prompt.
+
+    features (B, D, h, w), prompts (1, N, D) -> responses (B, N, h, w); a plain dot product,
+    neither scaled nor normalised (official: segmentation/models/model.py).
+    """
+    return torch.einsum("bdhw,nd->bnhw", features, prompts[0])
+
+
+class PromptAdapter(nn.Sequential):
+    """Two-layer MLP on the prompts, without a residual (official depth model only)."""
+
+    def __init__(self, dim: int):
+        super().__init__(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+
+
+class MetaPromptModel(nn.Module):
+    """The paper's model for one task.
+
+    model(images) -> prediction at image size; model(images, target) -> named losses, to be added.
+    `encoder` and `backbone` may be given (pretrained); else they start from random weights.
+    """
+
+    def __init__(self, config: Config, encoder: vae.VAEEncoder | None = None,
+                 backbone: unet.UNet | None = None):
+        super().__init__()
+        self.config = config
+        N, D, T = config.num_prompts, config.context_dim, config.refine_steps
+        self.vae = encoder or vae.VAEEncoder(config.vae_channels)
+        self.unet = backbone or unet.UNet(config.unet_channels, config.num_heads, D)
+        rows = 1 if config.shared_prompts else T
+        self.prompts = nn.Parameter(torch.randn(rows, N, D))               # paper: random values
+        self.adapters = nn.ModuleList(
+            [PromptAdapter(D) for _ in range(rows if config.prompt_adapter else 0)])
+        if config.modulated_timestep:
+            self.temb = nn.Parameter(torch.randn(T, self.unet.temb_dim))
+        self.neck = PyramidNeck(config.unet_channels, D)
+        self.head = SegHead(N if config.rearrange else D, config.head_channels,
+                            config.num_classes, config.dropout)
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Fix what the method does not train, and what no gradient reaches."""
+        self.vae.requires_grad_(self.config.train_encoder)                 # 3.1
+        self.unet.time_embedding.requires_grad_(False)                     # 3.3: replaced by temb
+        if self.config.refine_steps == 1:                                  # its output is not read
+            self.unet.conv_norm_out.requires_grad_(False)
+            self.unet.conv_out.requires_grad_(False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """RGB (B, 3, H, W) in [0, 1] -> latents (B, 4, H/8, W/8): posterior mean, no noise."""
+        with torch.set_grad_enabled(self.config.train_encoder and torch.is_grad_enabled()):
+            return self.config.latent_scale * self.vae(2 * images - 1)
+
+    def context(self, step: int) -> Tensor:
+        """The prompts of pass `step`, (1, N, D): the same for every image."""
+        row = 0 if self.config.shared_prompts else step
+        prompts = self.prompts[row:row + 1]
+        return self.adapters[row](prompts) if self.config.prompt_adapter else prompts
+
+    def timestep(self, step: int) -> Tensor:
+        """The time embedding of pass `step`, (1, 4*C0)."""
+        if self.config.modulated_timestep:
+            return self.temb[step:step + 1]
+        return self.unet.embed_timestep(torch.zeros(1, device=self.prompts.device))
+
+    def forward(self, images: Tensor, target: Tensor | None = None):
+        """RGB in [0, 1] -> logits at image size; with labels (B, H, W): {name: loss}.
+
+        Any H, W >= 64; B >= 2 in training mode (BatchNorm of a 1x1 map needs two values).
+        """
+        size = images.shape[-2:]                         # images (B, 3, H, W)
+        latents = self.encode(images)                    # (B, 4, H/8, W/8)       3.1    frozen VAE
+        for step in range(self.config.refine_steps):     #                        3.3    T passes
+            if step > 0:
+                latents = self.unet.to_latents(features[0])  # (B, 4, H/8, W/8)   3.3    fed back
+            prompts = self.context(step)                 # (1, N, D)              3.2.1  meta prompts
+            temb = self.timestep(step)                   # (1, 4*C0)              3.3    learned
+            features = self.unet(latents, temb, prompts)  # 4 x (B, C_i, h_i, w_i) 3.1
+        maps = self.neck(features)                       # 4 x (B, D, 2h_i, 2w_i)
+        if self.config.rearrange:
+            maps = [rearrange(m, prompts) for m in maps]  # 4 x (B, N, 2h_i, 2w_i) 3.2.2
+        if target is None:
+            return self.head(maps, size)                 # (B, classes, H, W)
+        return self.head.loss(maps, target)
+
+    def loss(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Named losses of a batch; their sum is what training minimises."""
+        return self(images, target)
+
+    # ---------------------------------------------------------------------------------------------
+    # Training
+
+    def param_groups(self, lr: float, unet_lr_mult: float, weight_decay: float) -> list[dict]:
+        """AdamW groups that cover every trained parameter exactly once, by module identity.
+
+        The UNet learns at lr * unet_lr_mult.  Segmentation as the official code EFFECTIVELY does it
+        (decisions 8): the norms of the UNet's transformers learn at the full lr without decay,
+        everything else decays.
+        """
+        in_unet = {id(p) for p in self.unet.parameters()}
+        exempt = set()
+        for module in self.unet.modules():
+            if isinstance(module, unet.SpatialTransformer):
+                exempt.update(id(p) for p in module.norm.parameters())
+            if isinstance(module, unet.TransformerBlock):
+                for norm in (module.norm1, module.norm2, module.norm3):
+                    exempt.update(id(p) for p in norm.parameters())
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for p in self.parameters():
+            if p.requires_grad:
+                free = id(p) in exempt
+                scale = unet_lr_mult if id(p) in in_unet and not free else 1.0
+                groups.setdefault((scale, 0.0 if free else weight_decay), []).append(p)
+        return [{"params": params, "lr": lr * scale, "lr_scale": scale, "weight_decay": decay}
+                for (scale, decay), params in groups.items()]
+
+    # ---------------------------------------------------------------------------------------------
+    # Loading and saving
+
+    @classmethod
+    def from_stable_diffusion(cls, config: Config, source: str = weights.SD15) -> "MetaPromptModel":
+        """A new model on pretrained weights: hub id, local folder or single LDM file.
+
+        The widths of `config` are replaced by those of the files.  Raises InputError.
+        """
+        encoder = vae.VAEEncoder.from_pretrained(source)
+        backbone = unet.UNet.from_pretrained(source, config.num_heads)
+        config = replace(config, unet_channels=backbone.channels, num_heads=backbone.num_heads,
+                         context_dim=backbone.context_dim, vae_channels=encoder.channels)
+        return cls(config, encoder, backbone)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into `folder` (made if it does not exist)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "MetaPromptModel":
+        """Load what `save_pretrained` wrote, from a folder or a hub id, in evaluation mode.
+
+        Raises InputError naming the file if something is missing, unknown, misshapen or truncated.
+        """
+        folder = find_model(str(source))
+        config = read_config(folder / "config.json")
+        with torch.device("meta"):
+            model = cls(config)
+        weights.load_strict(model, weights.read_tensors(folder / "model.safetensors"),
+                            folder / "model.safetensors")
+        model.freeze()
+        return model.eval()
+
+
+def find_model(source: str) -> Path:
+    """Folder of a saved model: `source` itself, or the hub's snapshot of it."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or source.startswith((".", "~")):
+        raise InputError(f"{source} is no folder: give one that holds config.json and "
+                         "model.safetensors, or OWNER/NAME on the hub")
+    try:
+        return Path(snapshot_download(source, allow_patterns=["config.json", "model.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"{source} is neither a folder nor to be had from the hub "
+                         f"({type(error).__name__})") from None
+
+
+def read_config(path: Path) -> Config:
+    """config.json -> Config; InputError naming an unknown field."""
+    values = weights.read_json(path)
+    known = {field.name for field in fields(Config)}
+    for name in values:
+        if name not in known:
+            raise InputError(f"{path}: unknown field {name}; known: {', '.join(sorted(known))}")
+    return Config(**values)

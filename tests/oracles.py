@@ -1,0 +1,55 @@
+"""What several test files share: random weights, relative errors, the diffusers oracles."""
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+LEVELS = (32, 64, 96, 128)  # tiny widths, all different so that a swapped level can't hide
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every parameter, norms too: default norms (1, 0) hide mistakes of order and epsilon."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim > 1:
+                p.copy_(noise / p[0].numel() ** 0.5)
+            else:
+                p.copy_(0.1 * noise + (1 if name.endswith("weight") else 0))
+    return module.eval()
+
+
+def relative_error(ours: Tensor, oracle: Tensor) -> float:
+    """Largest absolute difference over the oracle's largest absolute value."""
+    assert ours.shape == oracle.shape, f"{tuple(ours.shape)} is not {tuple(oracle.shape)}"
+    return ((ours - oracle).abs().max() / oracle.abs().max()).item()
+
+
+def diffusers_unet(channels=LEVELS, heads: int = 8, context_dim: int = 48):
+    """diffusers' UNet with SD1.5's configuration, at the given width, random weights."""
+    return randomise(UNet2DConditionModel(
+        block_out_channels=channels, attention_head_dim=heads, cross_attention_dim=context_dim,
+        sample_size=64))
+
+
+def diffusers_vae(channels=LEVELS):
+    """diffusers' AutoencoderKL with SD1.5's configuration, at the given width, random weights."""
+    return randomise(AutoencoderKL(
+        block_out_channels=channels, latent_channels=4, layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4))
+
+
+def hooked_features(unet: UNet2DConditionModel, latents, temb_or_t, context) -> tuple:
+    """(output, four features) of diffusers' UNet, the features read by forward hooks."""
+    taps = [unet.up_blocks[3].attentions[2], unet.up_blocks[2].attentions[1],
+            unet.up_blocks[1].attentions[1], unet.up_blocks[0].resnets[1]]
+    features = {}
+    handles = []
+    for i, module in enumerate(taps):
+        def keep(module, inputs, output, i=i):
+            features[i] = output if isinstance(output, Tensor) else output[0]
+        handles.append(module.register_forward_hook(keep))
+    output = unet(latents, temb_or_t, context).sample
+    for handle in handles:
+        handle.remove()
+    return output, [features[i] for i in range(4)]

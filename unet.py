@@ -1,0 +1,360 @@
+"""Stable Diffusion 1.x's UNet, in full, as a feature extractor.
+
+It must agree with UNet2DConditionModel of Hugging Face diffusers (tests/test_unet.py) and carries
+its parameter names, so `unet/diffusion_pytorch_model.safetensors` loads with no remapping.
+
+    latents 1/8   320 --down_blocks.0-----------------------up_blocks.3--> feature 0   320, 1/8
+           1/16    640 --down_blocks.1-------------------up_blocks.2-----> feature 1   640, 1/16
+           1/32    1280 --down_blocks.2---------------up_blocks.1--------> feature 2  1280, 1/32
+           1/64     1280 --down_blocks.3--mid_block--up_blocks.0---------> feature 3  1280, 1/64
+
+The coarse three features are read in the middle of their level: after its second layer, before
+its third layer and upsampler (official: meta_prompts/models.py, output blocks 1, 4 and 7).
+
+temb: time embedding, (B, 4*C0).   context: what cross-attention reads, (B, N, D).   Both may have
+batch size 1, which means "the same for every image" and costs their projections only once.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import weights
+from errors import InputError
+
+CHANNELS = (320, 640, 1280, 1280)  # SD1.5, per level: 1/8, 1/16, 1/32, 1/64
+NUM_HEADS = 8  # at every level; HF's config calls this number "attention_head_dim"
+CONTEXT_DIM = 768  # D
+LATENT_CHANNELS = 4
+SD1_CONFIG = {  # what a config.json must say (or leave out) for this file to be the same model
+    "act_fn": "silu", "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
+    "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
+    "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
+    "use_linear_projection": False, "only_cross_attention": False, "dual_cross_attention": False,
+    "class_embed_type": None, "addition_embed_type": None, "num_class_embeds": None,
+    "resnet_time_scale_shift": "default", "transformer_layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoid of the timestep -> temb, by two linear layers."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(c_in, c_out)
+        self.linear_2 = nn.Linear(c_out, c_out)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """(B,) timesteps in 0..999 -> (B, c_out); cosines first, then sines."""
+        half = self.linear_1.in_features // 2
+        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        angles = timesteps.float()[:, None] * torch.exp(steps * (-math.log(10000) / half))
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=1)          # (B, c_in)
+        return self.linear_2(F.silu(self.linear_1(sinusoid.to(self.linear_1.weight.dtype))))
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, SiLU, conv, twice, around a skip; the timestep shifts the middle."""
+
+    def __init__(self, c_in: int, c_out: int, c_temb: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, c_in, eps=1e-5)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(c_temb, c_out)
+        self.norm2 = nn.GroupNorm(32, c_out, eps=1e-5)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """(B, c_in, H, W), SiLU of temb (B or 1, c_temb) -> (B, c_out, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(temb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens to a context; the context is the tokens in self-attention."""
+
+    def __init__(self, channels: int, c_context: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(c_context, channels, bias=False)
+        self.to_v = nn.Linear(c_context, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list: HF's name is to_out.0
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, L, C), (B or 1, N, c_context) -> (B, L, C)."""
+        B, L, C = x.shape
+        G, N, _ = context.shape                          # G = 1: all images read the same context,
+        q = self.to_q(x).view(G, B * L // G, self.num_heads, -1)  # so their queries form one long row
+        k = self.to_k(context).view(G, N, self.num_heads, -1)
+        v = self.to_v(context).view(G, N, self.num_heads, -1)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (G, heads, *, C/heads)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](h.transpose(1, 2).reshape(B, L, C))
+
+
+class GEGLU(nn.Module):
+    """Linear layer whose second half gates the first through GELU."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.proj = nn.Linear(c_in, 2 * c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, c_in) -> (B, L, c_out)."""
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU, then back to C."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels),
+                                  nn.Identity(),  # HF keeps a dropout here; ours keeps its number
+                                  nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention (where the meta prompts enter), feed-forward."""
+
+    def __init__(self, channels: int, c_context: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, num_heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, c_context, num_heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, L, C), (B or 1, N, D) -> (B, L, C)."""
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the positions of a feature map, around a skip."""
+
+    def __init__(self, channels: int, c_context: int, num_heads: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)  # 1e-6 here, 1e-5 in the residual blocks
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, c_context, num_heads)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W), (B or 1, N, D) -> (B, C, H, W)."""
+        B, C, H, W = x.shape
+        h = self.proj_in(self.norm(x))
+        h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)
+        h = self.transformer_blocks[0](h, context)
+        h = h.view(B, H, W, C).permute(0, 3, 1, 2)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Halve the size (rounding up) by a stride-2 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))."""
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Double the size by repetition, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    """A level of the encoder: two layers, then half the size on all levels but the last."""
+
+    def __init__(self, c_in, c_out, c_temb, c_context, num_heads, attention, downsample):
+        super().__init__()
+        self.resnets = nn.ModuleList([
+            ResnetBlock(c_in, c_out, c_temb), ResnetBlock(c_out, c_out, c_temb)])
+        self.attentions = nn.ModuleList([
+            SpatialTransformer(c_out, c_context, num_heads) for _ in range(2 if attention else 0)])
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
+        """The level's outputs in order; each is a skip connection, the last one goes on down."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)
+            if len(self.attentions) > 0:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            skips.append(downsample(x))
+        return skips
+
+
+class MidBlock(nn.Module):
+    """Layer at the bottom of the UNet: residual block, transformer, residual block."""
+
+    def __init__(self, channels, c_temb, c_context, num_heads):
+        super().__init__()
+        self.attentions = nn.ModuleList([SpatialTransformer(channels, c_context, num_heads)])
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, c_temb) for _ in range(2)])
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = self.attentions[0](self.resnets[0](x, temb), context)
+        return self.resnets[1](x, temb)
+
+
+class UpBlock(nn.Module):
+    """A level of the decoder: three layers, each joined by a skip, then twice the size."""
+
+    def __init__(self, c_in, c_skips, c_out, c_temb, c_context, num_heads, attention, upsample):
+        super().__init__()
+        inputs = [c + skip for c, skip in zip((c_in, c_out, c_out), c_skips)]
+        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, c_temb) for c in inputs])
+        self.attentions = nn.ModuleList([
+            SpatialTransformer(c_out, c_context, num_heads) for _ in range(3 if attention else 0)])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
+
+    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor,
+                context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, c_in, H, W), three skips -> (input of the next level, this level's feature)."""
+        outputs = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, fit_skip(skips[i], x)], dim=1), temb)
+            if len(self.attentions) > 0:
+                x = self.attentions[i](x, context)
+            outputs.append(x)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x, outputs[1] if len(self.upsamplers) > 0 else outputs[2]
+
+
+def fit_skip(skip: Tensor, x: Tensor) -> Tensor:
+    """Resize a skip to x where an odd size was rounded up on the way down (decisions 5).
+
+    diffusers shrinks x to the skip instead; the two agree at multiples of 64 pixels.
+    """
+    if skip.shape[-2:] == x.shape[-2:]:
+        return skip
+    return F.interpolate(skip, x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class UNet(nn.Module):
+    """SD1.x's UNet; `channels` per level, multiples of 32 (GroupNorm) and of `num_heads`.
+
+    `gradient_checkpointing` recomputes each block in the backward pass instead of storing it.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = CHANNELS, num_heads: int = NUM_HEADS,
+                 context_dim: int = CONTEXT_DIM):
+        super().__init__()
+        c0, c1, c2, c3 = self.channels = tuple(channels)
+        self.num_heads, self.context_dim, self.temb_dim = num_heads, context_dim, 4 * c0
+        self.gradient_checkpointing = False
+        rest = (self.temb_dim, context_dim, num_heads)
+
+        self.time_embedding = TimestepEmbedding(c0, self.temb_dim)
+        self.conv_in = nn.Conv2d(LATENT_CHANNELS, c0, 3, padding=1)
+        self.down_blocks = nn.ModuleList([
+            DownBlock(c0, c0, *rest, attention=True, downsample=True),
+            DownBlock(c0, c1, *rest, attention=True, downsample=True),
+            DownBlock(c1, c2, *rest, attention=True, downsample=True),
+            DownBlock(c2, c3, *rest, attention=False, downsample=False),
+        ])
+        self.mid_block = MidBlock(c3, *rest)
+        self.up_blocks = nn.ModuleList([
+            UpBlock(c3, (c3, c3, c2), c3, *rest, attention=False, upsample=True),
+            UpBlock(c3, (c2, c2, c1), c2, *rest, attention=True, upsample=True),
+            UpBlock(c2, (c1, c1, c0), c1, *rest, attention=True, upsample=True),
+            UpBlock(c1, (c0, c0, c0), c0, *rest, attention=True, upsample=False),
+        ])
+        self.conv_norm_out = nn.GroupNorm(32, c0, eps=1e-5)
+        self.conv_out = nn.Conv2d(c0, LATENT_CHANNELS, 3, padding=1)
+
+    def embed_timestep(self, timesteps: Tensor) -> Tensor:
+        """Stable Diffusion's own embedding: (B,) timesteps in 0..999 -> temb (B, 4*C0)."""
+        return self.time_embedding(timesteps)
+
+    def forward(self, latents: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
+        """One pass: (B, 4, h, w), (B or 1, 4*C0), (B or 1, N, D) -> four features, finest first.
+
+        They have C0, C1, C2, C3 channels at 1, 1/2, 1/4, 1/8 of the latents' size rounded up to a
+        multiple of 8.
+        """
+        temb = F.silu(temb)                              # every residual block begins with it
+        x = self.conv_in(latents)                        # (B, C0, h, w)
+        skips, features = [x], []
+        for block in self.down_blocks:
+            skips += self.run(block, skips[-1], temb, context)
+        x = self.run(self.mid_block, skips[-1], temb, context)  # (B, C3, h/8, w/8)
+        for block in self.up_blocks:
+            level = [skips.pop(), skips.pop(), skips.pop()]
+            x, feature = self.run(block, x, level, temb, context)
+            features.insert(0, feature)
+        return features
+
+    def to_latents(self, feature: Tensor) -> Tensor:
+        """The noise-prediction layers, finest feature -> (B, 4, h, w): the UNet's own output."""
+        return self.conv_out(F.silu(self.conv_norm_out(feature)))
+
+    def run(self, block: nn.Module, *inputs):
+        """Call a block; with gradient checkpointing keep its inputs only and recompute the rest."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    @classmethod
+    def from_pretrained(cls, source: str = weights.SD15, num_heads: int = NUM_HEADS) -> "UNet":
+        """Load from a hub id, a local Hugging Face folder or a single LDM file (see weights.py).
+
+        Widths and D come from the file, the number of heads from config.json (from `num_heads` for
+        a single file, which does not hold it).  Raises InputError if it is missing, broken or no
+        SD1.x UNet.
+        """
+        tensors, config, path = weights.read_part(source, "unet")
+        check_config(config, path)
+        names = [f"down_blocks.{level}.resnets.0.conv1.weight" for level in range(4)]
+        channels = weights.widths(tensors, names, path)
+        key = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+        context_dim = tensors[key].shape[1] if key in tensors else CONTEXT_DIM
+        with torch.device("meta"):
+            unet = cls(channels, config.get("attention_head_dim", num_heads), context_dim)
+        weights.load_strict(unet, tensors, path)
+        return unet
+
+
+def check_config(config: dict, path) -> None:
+    """InputError if a Hugging Face config.json describes another architecture than SD1.x's."""
+    for key, expected in SD1_CONFIG.items():
+        found = config.get(key, expected)
+        if found != expected and found is not None:
+            raise InputError(f"{path.parent / 'config.json'}: {key} is {found}, a Stable Diffusion "
+                             f"1.x UNet has {expected}")
+    if not isinstance(config.get("attention_head_dim", NUM_HEADS), int):
+        raise InputError(f"{path.parent / 'config.json'}: attention_head_dim is "
+                         f"{config['attention_head_dim']}, a Stable Diffusion 1.x UNet has 8")
