@@ -1,14 +1,13 @@
 """Training augmentation for segmentation: what happens to image and label before the network.
 
 The official model was trained through mmsegmentation 0.30.0, which does its pixel work in cv2 4.8.
-This file states the same geometry and colour rules in plain numpy, so that no cv2 is needed and
-every rounding can be read. In pipeline order:
+Here are the same geometry and colour rules in plain numpy, without cv2. In pipeline order:
 
-    random_rescale -> resize_bilinear (image), resize_nearest (label)    mmseg `Resize`
-    crop_offset -> crop (both)                                           mmseg `RandomCrop`
-    flip (both)                                                          mmseg `RandomFlip`
-    photometric_distortion (image)                                       mmseg `PhotoMetricDistortion`
-    pad_to (both, the image after normalisation)                         mmseg `Pad`
+    random_rescale -> resize_bilinear (image), resize_nearest (label)    `Resize`
+    crop_offset -> crop (both)                                           `RandomCrop`
+    flip (both, with odds 1/2)                                           `RandomFlip`
+    photometric_distortion (image)                                       `PhotoMetricDistortion`
+    pad_to (both; the image after normalisation)                         `Pad`
 
 Images are (H, W, 3) uint8 RGB, labels (H, W) uint8 with 255 = ignore. (cv2 loads BGR, but only the
 HSV rules can tell the channels apart, and those are written for RGB here.)
@@ -32,17 +31,15 @@ FACTOR_RANGE = (0.5, 1.5)        # contrast (all channels) and saturation (S of 
 HUE_DELTA = 18                   # hue steps
 HUE_STEPS = 180                  # cv2 stores hue in steps of 2 degrees, to fit a byte
 WEIGHT_ONE = 2048                # bilinear weights are integers; 2048 stands for 1.0
-HSV_SHIFT = 12                   # RGB -> HSV divides by multiplying with reciprocals times 2**12
-ROW_BLOCK = 32                   # rows worked on at a time, so that temporaries stay in the L2 cache
+HSV_SHIFT, HSV_HALF = 12, 2048   # RGB -> HSV multiplies with reciprocals in 12-bit fixed point
+ROW_BLOCK = 32                   # rows worked on at a time: temporaries stay in the L2 cache
 
-
-# ------------------------------------------------------------------------------------- geometry
 
 def rescale_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
     """Largest (height, width) of the same aspect within scale = (long side, short side), pixels.
 
-    The two bounds may come in either order. Raises ValueError if any side is below 1.
-    Source: mmcv 1.7.1 `rescale_size`, as mmseg 0.30.0 `Resize` calls it with keep_ratio.
+    The bounds may come in either order. Raises ValueError if any side is below 1.
+    Source: mmcv 1.7.1 `rescale_size`, as mmseg 0.30.0 `Resize` calls it.
     """
     if min(height, width, *scale) < 1:
         raise ValueError(f"sides must be >= 1, got image {(height, width)} and scale {scale}")
@@ -52,10 +49,9 @@ def rescale_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, 
 
 def random_rescale(height: int, width: int, base_scale: tuple[int, int], rng: np.random.Generator,
                    ratio_range: tuple[float, float] = (0.5, 2.0)) -> tuple[int, int]:
-    """A random target (height, width): one ratio ~ U[ratio_range) scales both bounds.
+    """`rescale_size` with both bounds times one ratio ~ U[ratio_range); mmseg 0.30.0 `Resize`.
 
     base_scale is (2048, 512) for ADE20K and (2048, 1024) for Cityscapes.
-    Source: mmseg 0.30.0 `Resize` (ratio_range).
     """
     ratio = rng.uniform(*ratio_range)
     return rescale_size(height, width, (int(base_scale[0] * ratio), int(base_scale[1] * ratio)))
@@ -64,13 +60,11 @@ def random_rescale(height: int, width: int, base_scale: tuple[int, int], rng: np
 def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize (H, W, C) or (H, W) uint8 to size = (h, w), bilinear, without antialiasing.
 
-    Integers throughout: columns are blended first, then rows, with weights out of 2048.
-    Raises ValueError for another dtype or rank, or an empty size.
-    Source: cv2 4.8 `resize`, INTER_LINEAR on uint8.
+    Integers throughout: columns are blended first, then rows, with weights out of 2048. Raises
+    ValueError for another dtype or rank, or if empty. Source: cv2 4.8 `resize`, INTER_LINEAR.
     """
-    if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise ValueError(f"need (H, W) or (H, W, C) uint8, got {image.shape} {image.dtype}")
-    _check_resize(image, size)
+    is_image = image.dtype == np.uint8 and image.ndim in (2, 3) and min(*image.shape, *size) > 0
+    _require(is_image, f"a uint8 image to resize to {size}, neither empty", image)
     height, width, channels = (*image.shape, 1)[:3]
     left, right, left_weight, right_weight = _column_taps(width, size[1], channels)
     upper, lower, upper_weight, lower_weight = _taps(height, size[0])
@@ -78,8 +72,7 @@ def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     out = np.empty((size[0], size[1] * channels), np.uint8)
     for start in range(0, size[0], ROW_BLOCK):
         block = slice(start, start + ROW_BLOCK)
-        first = upper[start]
-        source = rows[first:lower[block][-1] + 1]
+        first, source = upper[start], rows[upper[start]:lower[block][-1] + 1]
         blended = np.take(source, left, axis=1) * left_weight      # (rows, w*C) int32, 2048 = 1.0
         blended += np.take(source, right, axis=1) * right_weight
         blended >>= 4                            # these shifts drop bits: they are part of the rule
@@ -96,37 +89,30 @@ def _taps(source: int, target: int) -> tuple[np.ndarray, ...]:
     index = np.floor(position).astype(np.int64)
     fraction = position - index.astype(np.float32)
     weights = (np.rint(f * np.float32(WEIGHT_ONE)) for f in (1 - fraction, fraction))
+    # Past the outermost centres both taps are the edge pixel, weights as they are: cv2 truncates
+    # the two shares of an edge row separately, so a weight of (1, 0) would be off by 1 at times.
     return (*(np.clip(i, 0, source - 1) for i in (index, index + 1)),
             *(w.astype(np.int32) for w in weights))
 
 
 def _column_taps(source: int, target: int, channels: int) -> tuple[np.ndarray, ...]:
     """`_taps` along a row of interleaved channels: every array has target * channels entries."""
-    left, right, left_weight, right_weight = _taps(source, target)
-    # Outside the outermost centres cv2 gives a column all the weight, but leaves a row split in
-    # two parts that truncate separately. Treating both alike is off by 1 in 0.2 % of the values.
-    left_weight[left == right], right_weight[left == right] = WEIGHT_ONE, 0
+    left, right, *weights = _taps(source, target)
     left, right = (index[:, None] * channels + np.arange(channels) for index in (left, right))
-    return left.ravel(), right.ravel(), *(w.repeat(channels) for w in (left_weight, right_weight))
+    return left.ravel(), right.ravel(), *(weight.repeat(channels) for weight in weights)
 
 
 def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize (H, W, ...) of any dtype to size = (h, w) by picking pixels; labels never blend.
 
     Sample i reads floor(i * source / target): a pixel's corner, not its centre as in Pillow.
-    Raises ValueError for an empty size. Source: cv2 4.8 `resize`, INTER_NEAREST.
+    Raises ValueError if empty. Source: cv2 4.8 `resize`, INTER_NEAREST.
     """
-    _check_resize(array, size)
+    _require(min(*array.shape, *size) > 0, f"an array to resize to {size}, neither empty", array)
     # 1 / (target / source) is not always source / target in float64, and floor sees the last bit.
     rows, columns = (np.minimum(np.floor(np.arange(target) * (1 / (target / source))), source - 1)
                      for source, target in zip(array.shape, size))
     return array[rows.astype(np.int64)[:, None], columns.astype(np.int64)]
-
-
-def _check_resize(array: np.ndarray, size: tuple[int, int]) -> None:
-    """Refuse, with the shapes in the message, what would otherwise be a division by zero."""
-    if array.ndim < 2 or min(*array.shape[:2], *size) < 1:
-        raise ValueError(f"cannot resize shape {array.shape} to {size}")
 
 
 def crop_offset(label: np.ndarray, size: tuple[int, int], rng: np.random.Generator,
@@ -135,11 +121,9 @@ def crop_offset(label: np.ndarray, size: tuple[int, int], rng: np.random.Generat
 
     A draw passes if its crop holds two classes or more and the largest covers less than max_ratio
     of the pixels that count. Ten draws are checked, the eleventh is taken as it comes; max_ratio
-    >= 1 takes the first. Raises ValueError unless label is (H, W) uint8.
-    Source: mmseg 0.30.0 `RandomCrop` (cat_max_ratio).
+    >= 1 takes the first. Raises ValueError unless label is (H, W) uint8. mmseg 0.30.0 `RandomCrop`.
     """
-    if label.dtype != np.uint8 or label.ndim != 2:
-        raise ValueError(f"need a (H, W) uint8 label, got {label.shape} {label.dtype}")
+    _require(label.dtype == np.uint8 and label.ndim == 2, "(H, W) uint8", label)
     checks = CROP_CHECKS if max_ratio < 1 else 0
     for draw in range(checks + 1):
         # y before x, both ends included; 0 along a side that the crop covers
@@ -154,12 +138,8 @@ def crop_offset(label: np.ndarray, size: tuple[int, int], rng: np.random.Generat
 
 
 def crop(array: np.ndarray, y: int, x: int, size: tuple[int, int]) -> np.ndarray:
-    """View of the (h, w) window at (y, x), cut short where the array ends (`pad_to` fills up).
-
-    Raises ValueError for a negative offset, which numpy would count from the far edge.
-    """
-    if y < 0 or x < 0:
-        raise ValueError(f"crop offset must be >= 0, got {(y, x)}")
+    """View of the (h, w) window at (y, x), cut short at the array's end; ValueError if y, x < 0."""
+    _require(min(y, x) >= 0, f"an offset >= 0 for a crop, not {(y, x)}", array)
     return array[y:y + size[0], x:x + size[1]]
 
 
@@ -169,29 +149,25 @@ def flip(array: np.ndarray) -> np.ndarray:
 
 
 def pad_to(array: np.ndarray, size: tuple[int, int], value: float) -> np.ndarray:
-    """Extend (H, W, ...) right and down to size = (h, w), filled with value; keeps the dtype.
+    """Extend (H, W, ...) right and down to size = (h, w) with value; mmseg 0.30.0 `Pad`.
 
-    mmseg pads the normalised image, with 0.0 = mid-grey, and the label with 255. Raises ValueError
-    if the array exceeds size. Source: mmseg 0.30.0 `Pad`.
+    After normalisation the image gets mid-grey, the label 255. ValueError if array exceeds size.
     """
-    if array.shape[0] > size[0] or array.shape[1] > size[1]:
-        raise ValueError(f"cannot pad shape {array.shape} to the smaller {size}")
+    height, width = array.shape[:2]
+    _require(height <= size[0] and width <= size[1], f"no more than {size} to pad", array)
     out = np.full((*size, *array.shape[2:]), value, array.dtype)
-    out[:array.shape[0], :array.shape[1]] = array
+    out[:height, :width] = array
     return out
 
-
-# --------------------------------------------------------------------------------------- colour
 
 def rgb_to_hsv(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> uint8 HSV: hue in 0..179 (steps of 2 degrees), S and V in 0..255.
 
     Raises ValueError for another dtype or shape. Source: cv2 4.8 `cvtColor`, COLOR_RGB2HSV.
     """
-    _check_colour(image)
+    _require(image.dtype == np.uint8 and image.shape[2:] == (3,), "(H, W, 3) uint8", image)
     out = np.empty(image.shape, np.uint8)
     per_value, per_chroma = _reciprocals(255), _reciprocals(HUE_STEPS // 6)
-    half = 1 << (HSV_SHIFT - 1)
     for start in range(0, len(image), ROW_BLOCK):
         block = slice(start, start + ROW_BLOCK)
         red, green, blue = (image[block, :, k].astype(np.int32) for k in range(3))
@@ -199,60 +175,59 @@ def rgb_to_hsv(image: np.ndarray) -> np.ndarray:
         chroma = value - np.minimum(np.minimum(red, green), blue)
         hue = np.where(value == red, green - blue,               # a tie goes to red, then to green
                        np.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma))
-        hue = (hue * per_chroma[chroma] + half) >> HSV_SHIFT
+        hue = (hue * per_chroma[chroma] + HSV_HALF) >> HSV_SHIFT
         out[block, :, 0] = hue + HUE_STEPS * (hue < 0)
-        out[block, :, 1] = (chroma * per_value[value] + half) >> HSV_SHIFT
+        out[block, :, 1] = (chroma * per_value[value] + HSV_HALF) >> HSV_SHIFT
         out[block, :, 2] = value
     return out
 
 
-@functools.cache
 def _reciprocals(numerator: int) -> np.ndarray:
-    """(256,) int32: numerator / n in 12-bit fixed point; 0 at n = 0, so that grey gets H = S = 0."""
+    """(256,) int32: numerator / n in 12-bit fixed point; 0 at n = 0, so grey gets H = S = 0."""
     return np.array([0, *np.rint((numerator << HSV_SHIFT) / np.arange(1, 256))], np.int32)
 
 
 def hsv_to_rgb(hsv: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 HSV -> uint8 RGB. A hue of 180 or more wraps round the colour circle.
 
-    Raises ValueError for another dtype or shape. Source: cv2 4.8 `cvtColor`, COLOR_HSV2RGB (vector
-    path: truncates; the module docstring says where cv2 may differ by 1).
+    Raises ValueError for another dtype or shape. Source: cv2 4.8 `cvtColor`, COLOR_HSV2RGB.
     """
-    _check_colour(hsv)
-    rgb = np.take(_shades(), hsv[..., 1] * np.int32(256) + hsv[..., 0], axis=0)
-    rgb *= (hsv[..., 2] * np.float32(1 / 255))[..., None]
-    rgb *= np.float32(255)         # does not cancel the line above: cv2 rounds, then truncates
-    return rgb.astype(np.uint8)
+    _require(hsv.dtype == np.uint8 and hsv.shape[2:] == (3,), "(H, W, 3) uint8", hsv)
+    out = np.empty(hsv.shape, np.uint8)
+    for start in range(0, len(hsv), ROW_BLOCK):
+        block = slice(start, start + ROW_BLOCK)
+        hue, saturation, value = np.moveaxis(hsv[block], -1, 0)
+        rgb = np.take(_shades(), saturation * np.int32(256) + hue, axis=0)
+        rgb *= (value * np.float32(1 / 255))[..., None]
+        rgb *= np.float32(255)     # does not cancel the line above: cv2 rounds, then truncates
+        out[block] = rgb           # float to uint8 truncates
+    return out
 
 
 @functools.cache
 def _shades() -> np.ndarray:
     """(256 * 256, 3) float32, row S * 256 + H: the R, G, B at that saturation and hue for V = 1.
 
-    A channel is V * (1 - S * fade). Per sixth of the circle one channel has fade 0, one has fade 1
-    and the third moves between. No fade depends on V, so one table holds every hue and saturation.
+    A channel is V * (1 - S * fade). Once round the circle of six sectors its fade is 0 for two, up
+    to 1 in one, 1 for two, and back in one. No fade depends on V: one table holds all H and S.
     """
-    position = np.arange(256, dtype=np.float32) * np.float32(6 / HUE_STEPS)
-    sector = np.floor(position)
-    down = position - sector                                     # this channel darkens with hue
-    up, full, none = 1 - down, np.zeros_like(down), np.ones_like(down)
-    sixths = [(full, up, none), (down, full, none), (none, full, up),
-              (none, down, full), (up, none, full), (full, none, down)]
-    fade = np.stack([np.choose(sector.astype(int) % 6, channel) for channel in zip(*sixths)], -1)
-    saturation = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
+    position = (np.arange(256, dtype=np.float32) * np.float32(6 / HUE_STEPS)).astype(np.float64)
+    since_full = (position[:, None] + [5, 3, 1]) % 6             # R, G, B start to fade at 1, 3, 5
+    fade = np.clip(np.minimum(since_full, 4 - since_full), 0, 1).astype(np.float32)[None]
+    saturation = (np.arange(256, dtype=np.float32) * np.float32(1 / 255))[:, None, None]
     # cv2 fuses this multiply-subtract, rounding once; float64 holds a product of float32 exactly.
-    shade = 1 - saturation[:, None, None].astype(np.float64) * fade.astype(np.float64)
+    shade = 1 - saturation.astype(np.float64) * fade.astype(np.float64)
     return shade.astype(np.float32).reshape(-1, 3)
 
 
 def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Brightness, contrast, saturation, hue of an (H, W, 3) uint8 RGB image, each with odds 1/2.
 
-    A fifth coin decides whether contrast comes before or after the two HSV steps. Every step ends
-    in uint8, and each HSV step makes its own round trip, so that all the roundings are kept.
-    Raises ValueError for another dtype or shape. Source: mmseg 0.30.0 `PhotoMetricDistortion`.
+    A fifth coin puts contrast before or after the two HSV steps. Every step ends in uint8, and each
+    HSV step makes its own round trip, so that no rounding is lost. Raises ValueError for another
+    dtype or shape. Source: mmseg 0.30.0 `PhotoMetricDistortion`.
     """
-    _check_colour(image)
+    _require(image.dtype == np.uint8 and image.shape[2:] == (3,), "(H, W, 3) uint8", image)
     if rng.integers(2):
         image = _convert(image, beta=rng.uniform(-BRIGHTNESS_DELTA, BRIGHTNESS_DELTA))
     contrast_first = rng.integers(2)
@@ -264,7 +239,7 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
         image = hsv_to_rgb(hsv)
     if rng.integers(2):
         hsv = rgb_to_hsv(image)
-        shift = rng.integers(-HUE_DELTA, HUE_DELTA)              # -18..17: the upper end is left out
+        shift = rng.integers(-HUE_DELTA, HUE_DELTA)              # -18..17: upper end left out
         hsv[..., 0] = (hsv[..., 0] + np.int32(shift)) % HUE_STEPS
         image = hsv_to_rgb(hsv)
     if not contrast_first and rng.integers(2):
@@ -278,7 +253,7 @@ def _convert(pixels: np.ndarray, alpha: float = 1.0, beta: float = 0.0) -> np.nd
     return np.clip(scaled, 0, 255, out=scaled).astype(np.uint8)
 
 
-def _check_colour(image: np.ndarray) -> None:
-    """Refuse a float image in 0..1, which the byte rules would turn black without a word."""
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"need (H, W, 3) uint8, got {image.shape} {image.dtype}")
+def _require(met: bool, need: str, array: np.ndarray) -> None:
+    """Refuse wrong input by name: a float image in 0..1, say, would turn black without a word."""
+    if not met:
+        raise ValueError(f"need {need}, got {array.shape} {array.dtype}")

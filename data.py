@@ -1,0 +1,302 @@
+"""Data sets: what a sample is, where its files lie, and what is done to it before the network.
+
+    shapes     scenes rendered on the fly (shapes.py); no files, no download
+    folder     images/{train,val}/*, labels/{train,val}/*.png, classes.txt        your own images
+    ade20k     {images,annotations}/{training,validation}/ADE_{train,val}_%08d.{jpg,png}
+
+A sample is a dict: "image" (3, H, W) float32 RGB in [0, 1], "target" (H, W) int64 labels with 255 =
+ignore, "name".  In evaluation the image is at the protocol's scale, the target at its own size.
+
+Every random draw for a training sample comes from (seed, epoch, index): the sample does not depend
+on which worker makes it or when, which makes an interrupted run resumable to the bit.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import augment
+import shapes
+from errors import InputError
+
+IGNORE = 255
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+CHECKED_FILES = 50  # pairs opened when a data set is opened, evenly spread
+VAL_SEED = 1 << 40  # first scene seed of the embedded validation set, out of training's reach
+COLOURS = ((128, 178, 255), (150, 140, 120), (230, 60, 60), (250, 200, 40), (60, 160, 70),
+           (150, 80, 200), (255, 140, 200))  # of the embedded classes, for pictures
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Class names by label value, a colour for each, and the values as the label files hold them."""
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    lut: np.ndarray  # (256,) uint8: value in the file -> label, 255 = ignore
+    raw_values: frozenset  # what a label file may hold
+
+
+def spread_palette(n: int) -> tuple[tuple[int, int, int], ...]:
+    """n well separated colours: hues by the golden angle, three brightnesses in turn."""
+    hsv = [((i * 111) % 256, (200, 120, 255)[i % 3], (230, 255, 160)[i // 3 % 3]) for i in range(n)]
+    image = Image.new("HSV", (n, 1))
+    image.putdata(hsv)
+    return tuple(map(tuple, np.asarray(image.convert("RGB"))[0].tolist()))
+
+
+def plain_classes(names: tuple[str, ...], palette=None) -> Classes:
+    """Classes whose label files hold 0..n-1, and 255 for pixels to ignore."""
+    lut = np.full(256, IGNORE, np.uint8)
+    lut[:len(names)] = np.arange(len(names))
+    return Classes(names, palette or spread_palette(len(names)), lut,
+                   frozenset((*range(len(names)), IGNORE)))
+
+
+def ade20k_classes() -> Classes:
+    """ADE20K's 150 classes; files hold 0 = other (ignored) and 1..150 (official: reduce_zero_label)."""
+    table = json.loads((Path(__file__).parent / "classes.json").read_text())["ade20k"]
+    lut = np.full(256, IGNORE, np.uint8)
+    lut[1:151] = np.arange(150)
+    return Classes(tuple(table["names"]), tuple(map(tuple, table["palette"])), lut,
+                   frozenset((*range(151), IGNORE)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+def load_image(path: Path) -> np.ndarray:
+    """An image file as (H, W, 3) uint8 RGB, upright (EXIF); InputError naming a broken file."""
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path} cannot be decoded ({error}): replace or remove it") from None
+
+
+def load_label(path: Path) -> np.ndarray:
+    """A label file as (H, W) uint8 of the values it holds (palette indices, not colours)."""
+    try:
+        with Image.open(path) as image:
+            label = np.array(image)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path} cannot be decoded ({error}): replace or remove it") from None
+    if label.ndim != 2:
+        raise InputError(f"{path} has {label.shape[-1]} channels: a label file is a single-channel "
+                         "or palette PNG of class numbers")
+    if label.min() < 0 or label.max() > 255:
+        raise InputError(f"{path} holds the value {label.max()}: labels are 0..255")
+    return label.astype(np.uint8)
+
+
+def list_pairs(images: Path, labels: Path, label_suffix: str = ".png") -> list[tuple[Path, Path]]:
+    """(image, label) files of the same relative name, sorted; InputError if any lacks its label."""
+    for folder in (images, labels):
+        if not folder.is_dir():
+            raise InputError(f"the folder {folder} does not exist: see the layouts in data.py")
+    found = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise InputError(f"{images} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    pairs = [(p, (labels / p.relative_to(images)).with_suffix(label_suffix)) for p in found]
+    missing = [pair for pair in pairs if not pair[1].is_file()]
+    if missing:
+        raise InputError(f"{missing[0][0]} has no label {missing[0][1]} ({len(missing)} of "
+                         f"{len(pairs)} images lack theirs)")
+    return pairs
+
+
+def folder_layout(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Classes]:
+    """Pairs and classes of a user's folder; classes.txt has one name per line, line number = label."""
+    names_file = root / "classes.txt"
+    if not names_file.is_file():
+        raise InputError(f"{names_file} is missing: one class name per line, in label order from 0")
+    names = tuple(line.strip() for line in names_file.read_text().splitlines() if line.strip())
+    if not 2 <= len(names) <= 255:
+        raise InputError(f"{names_file} names {len(names)} classes: 2 to 255 are possible")
+    return list_pairs(root / "images" / split, root / "labels" / split), plain_classes(names)
+
+
+def ade20k_layout(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Classes]:
+    """Pairs and classes of ADEChallengeData2016 as released (20,210 training, 2,000 validation)."""
+    inner = root / "ADEChallengeData2016"
+    root = inner if inner.is_dir() else root
+    name = {"train": "training", "val": "validation"}[split]
+    return list_pairs(root / "images" / name, root / "annotations" / name), ade20k_classes()
+
+
+# ------------------------------------------------------------------------------------------------
+# Samples
+
+def to_sample(image: np.ndarray, label: np.ndarray, name: str) -> dict:
+    """(H, W, 3) uint8 or float32 in [0, 1] and (H, W) labels -> a sample."""
+    if image.dtype == np.uint8:
+        image = image.astype(np.float32) / 255
+    return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            "target": torch.from_numpy(label.astype(np.int64)), "name": name}
+
+
+class SegFiles(Dataset):
+    """Image and label files.  Training: the official pipeline (spec A.3).  Else: the whole image.
+
+    `crop` is the side of the training crop; `scale` = (long, short) bounds of the resize, None to
+    keep an image's own size (times the random ratio in training).
+    """
+
+    def __init__(self, pairs: list[tuple[Path, Path]], classes: Classes, *, training: bool,
+                 crop: int, scale: tuple[int, int] | None, seed: int = 0):
+        self.pairs, self.classes, self.training = pairs, classes, training
+        self.crop, self.scale, self.seed = crop, scale, seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        """Path of the image, for messages."""
+        return str(self.pairs[index][0])
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(image uint8 RGB, labels uint8); InputError if the two files don't fit each other."""
+        image_path, label_path = self.pairs[index]
+        image, raw = load_image(image_path), load_label(label_path)
+        if image.shape[:2] != raw.shape:
+            raise InputError(f"{label_path} is {raw.shape[1]}x{raw.shape[0]}, its image "
+                             f"{image.shape[1]}x{image.shape[0]}")
+        wrong = sorted(set(np.unique(raw).tolist()) - self.classes.raw_values)
+        if wrong:
+            legal = sorted(self.classes.raw_values - {IGNORE})
+            raise InputError(f"{label_path} holds the label {wrong[0]}: {legal[0]}..{legal[-1]} "
+                             f"and {IGNORE} (ignore) are possible")
+        return image, self.classes.lut[raw]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """Sample of key = (epoch, index)."""
+        epoch, index = key
+        image, label = self.load(index)
+        if self.training:
+            rng = np.random.default_rng([self.seed, epoch, index])
+            image, label = self.augmented(image, label, rng)
+        elif self.scale is not None:
+            size = augment.rescale_size(*image.shape[:2], self.scale)
+            image = augment.resize_bilinear(image, size)
+        return to_sample(image, label, self.name(index))
+
+    def augmented(self, image: np.ndarray, label: np.ndarray,
+                  rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Rescale, crop, flip, distort colours, pad: the official order (spec A.3)."""
+        base = self.scale or (max(image.shape[:2]), min(image.shape[:2]))
+        size = augment.random_rescale(*image.shape[:2], base, rng)
+        image, label = augment.resize_bilinear(image, size), augment.resize_nearest(label, size)
+        crop = (self.crop, self.crop)
+        y, x = augment.crop_offset(label, crop, rng)
+        image, label = augment.crop(image, y, x, crop), augment.crop(label, y, x, crop)
+        if rng.random() < 0.5:
+            image, label = augment.flip(image), augment.flip(label)
+        image = augment.photometric_distortion(np.ascontiguousarray(image), rng)
+        image = image.astype(np.float32) / 255           # the padding's mid-grey, 0.5, is no uint8
+        return augment.pad_to(image, crop, 0.5), augment.pad_to(label, crop, IGNORE)
+
+    def check(self) -> str:
+        """Open some pairs, evenly spread; InputError on the first bad one.  Returns a summary."""
+        step = max(1, len(self) // CHECKED_FILES)
+        counts = np.zeros(256, np.int64)
+        for index in range(0, len(self), step):
+            counts += np.bincount(self.load(index)[1].ravel(), minlength=256)
+        seen = (counts[:len(self.classes.names)] > 0).sum()
+        share = 100 * counts[IGNORE] / max(1, counts.sum())
+        return (f"{len(self)} images; {len(range(0, len(self), step))} checked: {seen} of "
+                f"{len(self.classes.names)} classes seen, {share:.1f} % of the pixels ignored")
+
+
+class ShapesSeg(Dataset):
+    """The embedded scenes as a segmentation set of `length` scenes per epoch, new ones in each."""
+
+    def __init__(self, length: int, *, training: bool, size: int, seed: int = 0):
+        self.length, self.training, self.size, self.seed = length, training, size, seed
+        self.classes = plain_classes(shapes.CLASSES, COLOURS)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def scene_seed(self, key: tuple[int, int]) -> int:
+        """Seed of the scene of (epoch, index); validation scenes are the same in every run."""
+        epoch, index = key
+        return self.seed * VAL_SEED * 2 + epoch * self.length + index if self.training else \
+            VAL_SEED + index
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """Sample of key = (epoch, index)."""
+        scene = shapes.render(self.scene_seed(key), self.size, self.size)
+        return to_sample(scene.image, scene.label, f"scene {self.scene_seed(key)}")
+
+    def check(self) -> str:
+        """Summary line, like SegFiles.check."""
+        return f"{self.length} scenes of {self.size}x{self.size} pixels, rendered on the fly"
+
+
+def open_dataset(name: str, root: str | None, split: str, *, size: int,
+                 scale: tuple[int, int] | None, length: int = 0, seed: int = 0):
+    """The data set `name` for `split` = "train" or "val"; InputError if its files aren't there.
+
+    `size`: training crop (files) or scene size (shapes); `length`: scenes (shapes only).
+    """
+    training = split == "train"
+    if name == "shapes":
+        return ShapesSeg(length, training=training, size=size, seed=seed)
+    if root is None:
+        raise InputError(f"--dataset {name} needs --data: the folder that holds it")
+    if not Path(root).is_dir():
+        raise InputError(f"--data {root} is no folder")
+    layout = {"folder": folder_layout, "ade20k": ade20k_layout}[name]
+    pairs, classes = layout(Path(root), split)
+    return SegFiles(pairs, classes, training=training, crop=size, scale=scale, seed=seed)
+
+
+# ------------------------------------------------------------------------------------------------
+# Order and loading
+
+class Stream(Sampler):
+    """Endless micro-batches of (epoch, index): shuffled epochs laid end to end, from `start` on.
+
+    DEVIATION: a batch may span two epochs; mmsegmentation drops an epoch's last partial batch.
+    """
+
+    def __init__(self, length: int, batch: int, seed: int, start: int = 0):
+        self.length, self.batch, self.seed, self.start = length, batch, seed, start
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Permutation of the indices in `epoch`: a function of (seed, epoch) alone."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.length)
+
+    def __iter__(self):
+        epoch, position = divmod(self.start * self.batch, self.length)
+        keys = []
+        while True:
+            for index in self.order(epoch)[position:].tolist():
+                keys.append((epoch, index))
+                if len(keys) == self.batch:
+                    yield keys
+                    keys = []
+            epoch, position = epoch + 1, 0
+
+
+def train_loader(dataset: Dataset, batch: int, seed: int, start: int, workers: int) -> DataLoader:
+    """Micro-batches from number `start` on, without end."""
+    return DataLoader(dataset, batch_sampler=Stream(len(dataset), batch, seed, start),
+                      num_workers=workers, pin_memory=torch.cuda.is_available(),
+                      prefetch_factor=4 if workers else None)
+
+
+def eval_loader(dataset: Dataset, batch: int, workers: int) -> DataLoader:
+    """The whole set once, in order; batch > 1 needs images of one size."""
+    keys = [(0, index) for index in range(len(dataset))]
+    batches = [keys[i:i + batch] for i in range(0, len(keys), batch)]
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                      pin_memory=torch.cuda.is_available())

@@ -1,0 +1,322 @@
+"""The segmentation augmentation follows mmseg 0.30.0 and cv2 4.8, figure for figure.
+
+Proven here: sizes, bilinear and nearest resizing, RGB -> HSV and HSV -> RGB against figures that
+the reference programs printed (tests/golden/augment.json); the crop rule and the order of every
+random draw against scripted generators; and the properties any such pipeline owes its user.
+
+    python -m pytest tests/test_augment.py
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import augment
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "augment.json").read_text())
+
+
+class Script:
+    """A generator that plays back given draws and keeps the bounds it was asked for."""
+
+    def __init__(self, *draws):
+        self.draws, self.asked = list(draws), []
+
+    def integers(self, *bounds):
+        self.asked.append(bounds)
+        return self.draws.pop(0)
+
+    uniform = integers
+
+
+def random_image(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def row(pixels):
+    return np.array(pixels, np.uint8)[None]
+
+
+@pytest.mark.parametrize("case", GOLDEN["rescale_hw"])
+def test_rescale_size(case):
+    """Keep-ratio sizes are mmcv's, whichever of the two bounds binds."""
+    assert augment.rescale_size(*case["hw"], case["scale"]) == tuple(case["out_hw"])
+    assert augment.rescale_size(*case["hw"], case["scale"][::-1]) == tuple(case["out_hw"])
+
+
+def test_random_rescale_bounds():
+    """The short side runs over half to twice the base, evenly, and the bounds are whole pixels."""
+    rng = np.random.default_rng(0)
+    sides = np.array([augment.random_rescale(512, 512, (2048, 512), rng)[0] for _ in range(2000)])
+    assert sides.min() >= 256 and sides.max() < 1024
+    assert sides.min() < 262 and sides.max() > 1018 and abs(sides.mean() - 640) < 15
+    scripted = Script(1.3999)
+    assert augment.random_rescale(375, 500, (2048, 512), scripted) == (716, 955)
+    assert scripted.asked == [(0.5, 2.0)]
+
+
+def test_bilinear_golden():
+    """Bilinear enlarging of a colour image gives cv2's bytes."""
+    case = GOLDEN["cv2_bilinear_u8"]
+    out = augment.resize_bilinear(np.array(case["img_rgb"], np.uint8), case["out_hw"])
+    assert out.dtype == np.uint8 and out.tolist() == case["out"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["cv2_extra_bilinear"])
+def test_bilinear_truncates_where_cv2_does(case):
+    """Dropped bits are cv2's: between the passes, and in the two shares of an edge row."""
+    out = augment.resize_bilinear(np.array(case["img"], np.uint8), case["out_hw"])
+    assert out.tolist() == case["out"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["cv2_extra_bilinear_far"])
+def test_bilinear_positions_are_float32(case):
+    """Two thousand pixels from the origin a position keeps float32 precision, and no more."""
+    source, target, expected = case
+    line = (np.arange(source) * 37 % 256).astype(np.uint8)
+    assert augment.resize_bilinear(line[None], (1, target)).tolist() == [expected]
+
+
+@pytest.mark.parametrize("size", [(70, 100), (150, 41), (64, 64), (33, 200)])
+def test_bilinear_is_the_textbook_formula(size):
+    """Beyond the golden sizes, and across row blocks, it is float interpolation within 1 level."""
+    image = random_image(97, 83).astype(np.float64)
+    weights = []
+    for source, target in zip(image.shape, size):
+        centre = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+        weights.append(np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(source))))
+    expected = np.einsum("yh,xw,hwc->yxc", *weights, image)
+    out = augment.resize_bilinear(image.astype(np.uint8), size)
+    assert np.abs(out - expected).max() <= 1 and np.abs(out - expected).mean() < 0.3
+
+
+def test_bilinear_keeps_equal_size():
+    """Resizing to the size an image already has returns the same bytes."""
+    image = random_image(70, 45)
+    assert np.array_equal(augment.resize_bilinear(image, (70, 45)), image)
+
+
+def test_bilinear_layouts_agree():
+    """A single channel, and a view that is not contiguous, resize like the image they belong to."""
+    image = random_image(40, 50)
+    out = augment.resize_bilinear(image, (61, 33))
+    assert np.array_equal(augment.resize_bilinear(image[..., 1], (61, 33)), out[..., 1])
+    turned = augment.resize_bilinear(image[:, :, ::-1], (61, 33))
+    assert np.array_equal(turned, out[:, :, ::-1])
+
+
+@pytest.mark.parametrize("case", GOLDEN["cv2_nearest_index"] + GOLDEN["cv2_extra_nearest"])
+def test_nearest_index(case):
+    """Nearest picks cv2's indices along both axes, down to the last bit of its float64 scale."""
+    source, target, index = case
+    line = np.arange(source) * 1000                              # int64: not only bytes
+    assert augment.resize_nearest(line[None], (1, target))[0].tolist() == line[index].tolist()
+    assert augment.resize_nearest(line[:, None], (target, 1))[:, 0].tolist() == line[index].tolist()
+
+
+def test_crop_rejects_a_dominant_class():
+    """A draw where one class holds the limit of 75 % is refused, one just below it is taken."""
+    label = np.zeros((4, 8), np.uint8)
+    label[0, :4], label[:2, 4:], label[2, 4] = 1, 2, 2           # left: 12 of 16; right: 9 and 7
+    draws = Script(0, 0, 0, 4)
+    assert augment.crop_offset(label, (4, 4), draws) == (0, 4)
+    assert not draws.draws
+    label[1, 0] = 1                                              # left: 11 of 16
+    assert augment.crop_offset(label, (4, 4), Script(0, 0)) == (0, 0)
+
+
+def test_crop_does_not_count_ignored_pixels():
+    """Ignored pixels are neither a class of their own nor part of the total."""
+    label = np.full((4, 8), 255, np.uint8)
+    label[0, :4] = 3                                             # left: one class and ignore
+    label[:, 4:] = [[3, 3, 4, 4], [3, 3, 4, 4], [255] * 4, [255] * 4]
+    assert augment.crop_offset(label, (4, 4), Script(0, 0, 0, 4)) == (0, 4)
+    label[0, 4:], label[1, 4:] = 3, [3, 3, 4, 255]               # right: 6 of the 7 that count
+    assert augment.crop_offset(label, (4, 4), Script(*[0, 4] * 10, 0, 1)) == (0, 1)
+
+
+def test_crop_eleventh_draw_is_final():
+    """On a single-class label ten draws fail and the eleventh is used without a check."""
+    draws = Script(*[0, 0] * 10, 3, 5, 1, 1)
+    assert augment.crop_offset(np.zeros((9, 9), np.uint8), (2, 2), draws) == (3, 5)
+    assert draws.draws == [1, 1]
+    first = Script(1, 2)
+    assert augment.crop_offset(np.zeros((9, 9), np.uint8), (2, 2), first, max_ratio=1.0) == (1, 2)
+
+
+def test_crop_offsets_are_inclusive():
+    """y is drawn before x, and the crops reach the first and last row and column."""
+    draws = Script(1, 2)
+    augment.crop_offset(np.zeros((6, 9), np.uint8), (4, 4), draws, max_ratio=1.0)
+    assert draws.asked == [(3,), (6,)]
+    rng, label = np.random.default_rng(0), np.zeros((6, 9), np.uint8)
+    offsets = {augment.crop_offset(label, (4, 4), rng) for _ in range(400)}
+    assert offsets == {(y, x) for y in range(3) for x in range(6)}
+
+
+def test_crop_larger_than_image_clamps():
+    """A crop larger than the image is the image; padding makes up the rest, right and below."""
+    label = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    y, x = augment.crop_offset(label, (5, 6), np.random.default_rng(0))
+    window = augment.crop(label, y, x, (5, 6))
+    assert (y, x) == (0, 0) and np.array_equal(window, label)
+    padded = augment.pad_to(window, (5, 6), 255)
+    assert padded.shape == (5, 6) and padded.dtype == np.uint8
+    assert np.array_equal(padded[:3, :4], label)
+    assert (padded[3:] == 255).all() and (padded[:, 4:] == 255).all()
+
+
+def test_crop_is_the_window():
+    """Image and label cropped at one offset show the same place."""
+    image = random_image(10, 12)
+    assert np.array_equal(augment.crop(image, 2, 5, (3, 4)), image[2:5, 5:9])
+    assert np.array_equal(augment.crop(image[..., 0], 2, 5, (3, 4)), image[2:5, 5:9, 0])
+
+
+def test_flip_mirrors_columns():
+    """Flipping swaps left and right only, twice is the identity, and strides stay positive."""
+    image = random_image(5, 7)
+    once = augment.flip(image)
+    assert np.array_equal(once[:, 0], image[:, -1]) and np.array_equal(once[0, 3], image[0, 3])
+    assert min(once.strides) > 0 and np.array_equal(augment.flip(once), image)
+
+
+def test_rgb_to_hsv_golden():
+    """RGB -> HSV gives cv2's bytes, ties and greys included."""
+    case = GOLDEN["rgb_to_hsv_u8"]
+    assert augment.rgb_to_hsv(row(case["rgb"])).tolist() == [case["hsv"]]
+
+
+def test_hsv_to_rgb_golden():
+    """HSV -> RGB gives cv2's bytes, half of them where another float32 rounding would be off."""
+    case = GOLDEN["cv2_extra_hsv_to_rgb"]
+    assert augment.hsv_to_rgb(row(case["hsv"])).tolist() == [case["rgb"]]
+
+
+def test_hue_shift_within_one():
+    """A shift of H, S and V between the two conversions is albumentations' within 1 level."""
+    case = GOLDEN["albu_hsv_shift"]
+    hsv = augment.rgb_to_hsv(row(case["rgb"])).astype(np.float64)
+    hsv[..., 0] = (hsv[..., 0] + case["hue"]) % 180
+    hsv[..., 1:] = np.clip(hsv[..., 1:] + [case["sat"], case["val"]], 0, 255)
+    out = augment.hsv_to_rgb(hsv.astype(np.uint8)).astype(int)
+    assert np.abs(out - case["out"]).max() <= case["tolerance"] == 1
+
+
+def test_hsv_round_trip():
+    """There and back, greys and full colours return within 1 level, everything within 6."""
+    levels = np.arange(256, dtype=np.uint8)
+    zero = np.zeros_like(levels)
+    for channels in ((levels, levels, levels), (levels, zero, zero), (zero, levels, levels)):
+        image = np.stack(channels, -1)[None]
+        back = augment.hsv_to_rgb(augment.rgb_to_hsv(image)).astype(int)
+        assert np.abs(back - image).max() <= 1
+    image = random_image(200, 200)                               # 180 hues for 1530 shades of edge
+    back = augment.hsv_to_rgb(augment.rgb_to_hsv(image)).astype(int)
+    assert np.abs(back - image).max() <= 6
+
+
+def test_hue_wraps():
+    """A hue of 180 and more names the same colour as 180 less, within 1 level."""
+    hsv = random_image(64, 64)
+    hsv[..., 0] %= 76
+    wrapped = hsv + np.array([180, 0, 0], np.uint8)
+    difference = augment.hsv_to_rgb(hsv).astype(int) - augment.hsv_to_rgb(wrapped)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("case", GOLDEN["photometric_convert"])
+def test_convert_truncates(case):
+    """Brightness and contrast clip to 0..255 and then truncate."""
+    value, alpha, beta, expected = case
+    image = np.full((2, 2, 3), value, np.uint8)
+    assert alpha == 1 or beta == 0                               # the pipeline never mixes the two
+    draws = Script(1, beta, 1, 1, alpha, 0, 0)
+    assert (augment.photometric_distortion(image, draws) == expected).all()
+
+
+def test_photometric_draw_order():
+    """Every coin precedes its parameter; contrast leads if its coin says so, else it closes."""
+    image = random_image(4, 4)
+    lead = Script(1, -7.6, 1, 1, 1.2, 1, 0.8, 1, -18)
+    coin, contrast, hue = (2,), (0.5, 1.5), (-18, 18)
+    augment.photometric_distortion(image, lead)
+    assert lead.asked == [coin, (-32.0, 32.0), coin, coin, contrast, coin, contrast, coin, hue]
+    close = Script(0, 0, 0, 1, 17, 1, 1.2)
+    augment.photometric_distortion(image, close)
+    assert close.asked == [coin, coin, coin, coin, hue, coin, contrast]
+
+
+def test_photometric_order_matters_where_stated():
+    """Contrast before hue and contrast after hue are different images, each as composed by hand."""
+    image = random_image(8, 8)
+
+    def contrast(pixels):
+        return np.clip(pixels.astype(np.float32) * np.float32(1.4), 0, 255).astype(np.uint8)
+
+    def shift(pixels):
+        hsv = augment.rgb_to_hsv(pixels).astype(int)
+        hsv[..., 0] = (hsv[..., 0] - 18) % 180
+        return augment.hsv_to_rgb(hsv.astype(np.uint8))
+
+    lead = augment.photometric_distortion(image, Script(0, 1, 1, 1.4, 0, 1, -18))
+    close = augment.photometric_distortion(image, Script(0, 0, 0, 1, -18, 1, 1.4))
+    assert np.array_equal(lead, shift(contrast(image)))
+    assert np.array_equal(close, contrast(shift(image))) and not np.array_equal(lead, close)
+
+
+def test_saturation_and_hue_round_separately():
+    """Saturation scales S alone, truncated, with its own round trip before that of the hue."""
+    image = random_image(8, 8)
+    hsv = augment.rgb_to_hsv(image)
+    scaled = hsv[..., 1].astype(np.float32) * np.float32(1.3)
+    hsv[..., 1] = np.minimum(scaled, 255).astype(np.uint8)
+    expected = augment.hsv_to_rgb(hsv)
+    out = augment.photometric_distortion(image, Script(0, 0, 1, 1.3, 0, 0))
+    assert np.array_equal(out, expected)
+    hsv = augment.rgb_to_hsv(expected)
+    hsv[..., 0] = (hsv[..., 0].astype(int) + 17) % 180
+    both = augment.photometric_distortion(image, Script(0, 0, 1, 1.3, 1, 17, 0))
+    assert np.array_equal(both, augment.hsv_to_rgb(hsv))
+
+
+def test_photometric_odds():
+    """One image in sixteen comes through untouched, and the input is never written to."""
+    rng, image = np.random.default_rng(0), random_image(4, 4)
+    before = image.copy()
+    same = [np.array_equal(augment.photometric_distortion(image, rng), before) for _ in range(1600)]
+    assert 60 < sum(same) < 180 and np.array_equal(image, before)
+
+
+def test_seeds_reproduce():
+    """Equal seeds give equal draws and pixels; another seed gives others."""
+    image, label = random_image(60, 50), random_image(60, 50)[..., 0] // 100
+
+    def sample(seed):
+        rng = np.random.default_rng(seed)
+        size = augment.random_rescale(60, 50, (256, 64), rng)
+        corner = augment.crop_offset(augment.resize_nearest(label, size), (32, 32), rng)
+        window = augment.crop(augment.resize_bilinear(image, size), *corner, (32, 32))
+        return augment.pad_to(augment.photometric_distortion(window, rng), (32, 32), 0)
+
+    assert np.array_equal(sample(1), sample(1)) and not np.array_equal(sample(1), sample(2))
+
+
+@pytest.mark.parametrize("call", [
+    lambda image: augment.resize_bilinear(image / 255, (2, 2)),
+    lambda image: augment.resize_bilinear(image, (0, 2)),
+    lambda image: augment.resize_nearest(image[:0], (2, 2)),
+    lambda image: augment.rescale_size(4, 0, (8, 8)),
+    lambda image: augment.crop_offset(image, (2, 2), np.random.default_rng(0)),
+    lambda image: augment.crop_offset(image[..., 0].astype(np.int64), (2, 2), Script(0, 0)),
+    lambda image: augment.crop(image, -1, 0, (2, 2)),
+    lambda image: augment.pad_to(image, (4, 3), 0),
+    lambda image: augment.rgb_to_hsv(image / 255),
+    lambda image: augment.hsv_to_rgb(image[..., :2]),
+    lambda image: augment.photometric_distortion(image.astype(np.float32), Script()),
+])
+def test_wrong_input_is_refused(call):
+    """Wrong dtypes, shapes, sizes and offsets raise ValueError instead of a silent black image."""
+    with pytest.raises(ValueError, match="need|sides"):
+        call(random_image(4, 4))
