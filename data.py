@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import augment
@@ -25,6 +25,7 @@ from errors import InputError
 
 IGNORE = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+UNREADABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)  # Pillow raises these
 CHECKED_FILES = 50  # pairs opened when a data set is opened, evenly spread
 VAL_SEED = 1 << 40  # first scene seed of the embedded validation set, out of training's reach
 COLOURS = ((128, 178, 255), (150, 140, 120), (230, 60, 60), (250, 200, 40), (60, 160, 70),
@@ -33,7 +34,7 @@ COLOURS = ((128, 178, 255), (150, 140, 120), (230, 60, 60), (250, 200, 40), (60,
 
 @dataclass(frozen=True)
 class Classes:
-    """Class names by label value, a colour for each, and the values as the label files hold them."""
+    """Class names by label value, a colour for each, and the values that label files may hold."""
 
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
@@ -58,7 +59,7 @@ def plain_classes(names: tuple[str, ...], palette=None) -> Classes:
 
 
 def ade20k_classes() -> Classes:
-    """ADE20K's 150 classes; files hold 0 = other (ignored) and 1..150 (official: reduce_zero_label)."""
+    """ADE20K's classes; files hold 0 = other (ignored), 1..150 (official: reduce_zero_label)."""
     table = json.loads((Path(__file__).parent / "classes.json").read_text())["ade20k"]
     lut = np.full(256, IGNORE, np.uint8)
     lut[1:151] = np.arange(150)
@@ -76,7 +77,7 @@ def load_image(path: Path) -> np.ndarray:
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path} cannot be decoded ({error}): replace or remove it") from None
 
 
@@ -87,7 +88,7 @@ def load_label(path: Path) -> np.ndarray:
             label = np.array(image)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path} cannot be decoded ({error}): replace or remove it") from None
     if label.ndim != 2:
         raise InputError(f"{path} has {label.shape[-1]} channels: a label file is a single-channel "
@@ -114,11 +115,17 @@ def list_pairs(images: Path, labels: Path, label_suffix: str = ".png") -> list[t
 
 
 def folder_layout(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Classes]:
-    """Pairs and classes of a user's folder; classes.txt has one name per line, line number = label."""
+    """Pairs and classes of a user's folder; classes.txt: a name per line, line number = label."""
     names_file = root / "classes.txt"
     if not names_file.is_file():
         raise InputError(f"{names_file} is missing: one class name per line, in label order from 0")
-    names = tuple(line.strip() for line in names_file.read_text().splitlines() if line.strip())
+    try:
+        lines = names_file.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{names_file} is no UTF-8 text") from None
+    names = tuple(line.strip() for line in lines)
+    if "" in names:                                  # skipping it would shift the later labels
+        raise InputError(f"{names_file}, line {names.index('') + 1} is empty: a class needs a name")
     if not 2 <= len(names) <= 255:
         raise InputError(f"{names_file} names {len(names)} classes: 2 to 255 are possible")
     return list_pairs(root / "images" / split, root / "labels" / split), plain_classes(names)

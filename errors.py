@@ -1,4 +1,4 @@
-"""The one exception that a user can cause, and how every command reports it."""
+"""The exceptions that a user can cause, and how every command reports them."""
 import sys
 
 
@@ -10,11 +10,14 @@ class InputError(ValueError):
 
 
 def run_command(command) -> None:
-    """Run `command()`; turn an InputError into one line on stderr and exit code 2."""
+    """Run `command()`; an InputError becomes one line on stderr and exit code 2.
+
+    A loss that is not finite (FloatingPointError) becomes one line and exit code 1.
+    """
     try:
         command()
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         # A data-loader worker wraps the message in its traceback: the last line is ours.
-        message = str(error).strip().splitlines()[-1]
-        print(f"error: {message.removeprefix('errors.InputError: ')}", file=sys.stderr)
-        raise SystemExit(2) from None
+        message = str(error).strip().splitlines()[-1].removeprefix("errors.InputError: ")
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, InputError) else 1) from None

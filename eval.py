@@ -52,9 +52,14 @@ def pick_device(name: str) -> torch.device:
     """"auto", "cpu" or "cuda[:i]" -> device; InputError if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch {torch.__version__} sees no GPU here; use cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name} is unknown: auto, cpu, cuda or cuda:NUMBER") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: torch {torch.__version__} sees "
+                         f"{torch.cuda.device_count()} GPUs here; cpu works everywhere")
+    return device
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -156,7 +161,8 @@ def evaluate_seg(model: MetaPromptModel, dataset, protocol: Protocol, dtype: tor
     model.eval()
     num_classes = len(dataset.classes.names)
     counts = torch.zeros(num_classes, num_classes, dtype=torch.long, device=device)
-    rows, step = [], max(1, len(dataset) // PICTURES)
+    rows, drawn = [], {len(dataset) * i // PICTURES for i in range(PICTURES)}
+    seen = 0                                         # bar.n stands still where bars are disabled
     with tqdm(total=len(dataset), desc="evaluate", unit="image", leave=False) as bar:
         for batch in data.eval_loader(dataset, protocol.batch, workers):
             target = batch["target"].to(device)
@@ -165,8 +171,9 @@ def evaluate_seg(model: MetaPromptModel, dataset, protocol: Protocol, dtype: tor
             prediction = probs.argmax(dim=1)
             counts += confusion(prediction, target, num_classes)
             for i in range(len(images)):
-                if (bar.n + i) % step == 0 and len(rows) < PICTURES:
+                if seen + i in drawn:
                     rows.append((images[i].cpu(), target[i].cpu(), prediction[i].cpu()))
+            seen += len(images)
             bar.update(len(images))
     model.train(was_training)
     if sheet is not None:
@@ -233,8 +240,8 @@ def main() -> None:
     device = pick_device(args.device)
     dtype = pick_precision(args.precision, device)
     out = Path(args.out) if args.out else folder.parent / "eval"
-    print(f"model      {folder}\ndata       {name}: {dataset.check()}\nprotocol   {asdict(protocol)}"
-          f"\ndevice     {device}, {dtype}\nout        {out}")
+    print(f"model      {folder}\ndata       {name}: {dataset.check()}\n"
+          f"protocol   {asdict(protocol)}\ndevice     {device}, {dtype}\nout        {out}")
     model = MetaPromptModel.from_pretrained(folder).to(device)
     if model.config.num_classes != len(dataset.classes.names):
         raise InputError(f"{folder} predicts {model.config.num_classes} classes, the data set "

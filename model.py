@@ -52,6 +52,7 @@ class Config:
     num_heads: int = unet.NUM_HEADS
     context_dim: int = unet.CONTEXT_DIM  # D
     vae_channels: tuple[int, ...] = vae.CHANNELS
+    latent_channels: int = vae.LATENT_CHANNELS  # 4 in Stable Diffusion
 
     def __post_init__(self):
         for field in fields(self):  # JSON has no tuples
@@ -88,8 +89,9 @@ class MetaPromptModel(nn.Module):
         super().__init__()
         self.config = config
         N, D, T = config.num_prompts, config.context_dim, config.refine_steps
-        self.vae = encoder or vae.VAEEncoder(config.vae_channels)
-        self.unet = backbone or unet.UNet(config.unet_channels, config.num_heads, D)
+        self.vae = encoder or vae.VAEEncoder(config.vae_channels, config.latent_channels)
+        self.unet = backbone or unet.UNet(config.unet_channels, config.num_heads, D,
+                                          config.latent_channels)
         rows = 1 if config.shared_prompts else T
         self.prompts = nn.Parameter(torch.randn(rows, N, D))               # paper: random values
         self.adapters = nn.ModuleList(
@@ -189,7 +191,8 @@ class MetaPromptModel(nn.Module):
         encoder = vae.VAEEncoder.from_pretrained(source)
         backbone = unet.UNet.from_pretrained(source, config.num_heads)
         config = replace(config, unet_channels=backbone.channels, num_heads=backbone.num_heads,
-                         context_dim=backbone.context_dim, vae_channels=encoder.channels)
+                         context_dim=backbone.context_dim, vae_channels=encoder.channels,
+                         latent_channels=encoder.latent_channels)
         return cls(config, encoder, backbone)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -19,7 +19,7 @@ def colour_labels(labels: np.ndarray, classes: Classes) -> np.ndarray:
     """(H, W) labels -> (H, W, 3) uint8 in the palette; ignored pixels are black."""
     table = np.zeros((256, 3), np.uint8)
     table[:len(classes.palette)] = classes.palette
-    return table[np.where(labels == IGNORE, 255, labels)]
+    return table[labels]                             # 255 = IGNORE has no colour in the palette
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from errors import InputError
 CHANNELS = (320, 640, 1280, 1280)  # SD1.5, per level: 1/8, 1/16, 1/32, 1/64
 NUM_HEADS = 8  # at every level; HF's config calls this number "attention_head_dim"
 CONTEXT_DIM = 768  # D
-LATENT_CHANNELS = 4
+LATENT_CHANNELS = 4  # of SD1.5
 SD1_CONFIG = {  # what a config.json must say (or leave out) for this file to be the same model
     "act_fn": "silu", "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
     "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
@@ -271,7 +271,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, channels: tuple[int, ...] = CHANNELS, num_heads: int = NUM_HEADS,
-                 context_dim: int = CONTEXT_DIM):
+                 context_dim: int = CONTEXT_DIM, latent_channels: int = LATENT_CHANNELS):
         super().__init__()
         c0, c1, c2, c3 = self.channels = tuple(channels)
         self.num_heads, self.context_dim, self.temb_dim = num_heads, context_dim, 4 * c0
@@ -279,7 +279,7 @@ class UNet(nn.Module):
         rest = (self.temb_dim, context_dim, num_heads)
 
         self.time_embedding = TimestepEmbedding(c0, self.temb_dim)
-        self.conv_in = nn.Conv2d(LATENT_CHANNELS, c0, 3, padding=1)
+        self.conv_in = nn.Conv2d(latent_channels, c0, 3, padding=1)
         self.down_blocks = nn.ModuleList([
             DownBlock(c0, c0, *rest, attention=True, downsample=True),
             DownBlock(c0, c1, *rest, attention=True, downsample=True),
@@ -294,7 +294,7 @@ class UNet(nn.Module):
             UpBlock(c1, (c0, c0, c0), c0, *rest, attention=True, upsample=False),
         ])
         self.conv_norm_out = nn.GroupNorm(32, c0, eps=1e-5)
-        self.conv_out = nn.Conv2d(c0, LATENT_CHANNELS, 3, padding=1)
+        self.conv_out = nn.Conv2d(c0, latent_channels, 3, padding=1)
 
     def embed_timestep(self, timesteps: Tensor) -> Tensor:
         """Stable Diffusion's own embedding: (B,) timesteps in 0..999 -> temb (B, 4*C0)."""

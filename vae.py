@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import weights
 
 CHANNELS = (128, 256, 512, 512)  # SD1.5, per level: 1/1, 1/2, 1/4, 1/8
-LATENT_CHANNELS = 4
+LATENT_CHANNELS = 4  # of SD1.5
 EPS = 1e-6
 
 
@@ -99,7 +99,7 @@ class MidBlock(nn.Module):
 class Encoder(nn.Module):
     """Image -> the 8 moments (4 means, 4 log-variances), before `quant_conv`."""
 
-    def __init__(self, channels: tuple[int, ...]):
+    def __init__(self, channels: tuple[int, ...], moments: int):
         super().__init__()
         c0, c1, c2, c3 = channels
         self.conv_in = nn.Conv2d(3, c0, 3, padding=1)
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
         ])
         self.mid_block = MidBlock(c3)
         self.conv_norm_out = nn.GroupNorm(32, c3, eps=EPS)
-        self.conv_out = nn.Conv2d(c3, 2 * LATENT_CHANNELS, 3, padding=1)
+        self.conv_out = nn.Conv2d(c3, moments, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 8, H/8, W/8)."""
@@ -125,11 +125,12 @@ class Encoder(nn.Module):
 class VAEEncoder(nn.Module):
     """SD1.5's VAE encoder; `channels` per level, multiples of 32 (GroupNorm has 32 groups)."""
 
-    def __init__(self, channels: tuple[int, ...] = CHANNELS):
+    def __init__(self, channels: tuple[int, ...] = CHANNELS,
+                 latent_channels: int = LATENT_CHANNELS):
         super().__init__()
-        self.channels = tuple(channels)
-        self.encoder = Encoder(self.channels)
-        self.quant_conv = nn.Conv2d(2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS, 1)
+        self.channels, self.latent_channels = tuple(channels), latent_channels
+        self.encoder = Encoder(self.channels, 2 * latent_channels)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Posterior mean of RGB images in [-1, 1], unscaled.
@@ -137,7 +138,7 @@ class VAEEncoder(nn.Module):
         (B, 3, H, W) -> (B, 4, H/8, W/8); each of the three halvings rounds down.
         """
         moments = self.quant_conv(self.encoder(images))                    # (B, 8, H/8, W/8)
-        return moments[:, :LATENT_CHANNELS]
+        return moments[:, :self.latent_channels]
 
     @classmethod
     def from_pretrained(cls, source: str = weights.SD15) -> "VAEEncoder":

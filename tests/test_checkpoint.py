@@ -1,0 +1,100 @@
+"""Checkpoints: complete or absent, never half; strict when read.
+
+    pytest tests/test_checkpoint.py
+"""
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import build
+
+import checkpoint
+from errors import InputError
+
+
+@pytest.fixture
+def stepped():
+    """(model, optimiser) after one step on random gradients."""
+    torch.manual_seed(0)
+    model = build().train()
+    optimizer = torch.optim.AdamW(model.param_groups(1e-3, 0.1, 0.01), fused=True)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.randn_like(p)
+    optimizer.step()
+    return model, optimizer
+
+
+def test_last_restores_model_and_optimiser(tmp_path, stepped):
+    """Weights and moments come back bit for bit, under the parameters' names."""
+    model, optimizer = stepped
+    checkpoint.save_last(tmp_path, model, optimizer, {"step": 1, "best": 0.5})
+    loaded = checkpoint.load_model(checkpoint.find_last(tmp_path))
+    fresh = torch.optim.AdamW(loaded.param_groups(1e-3, 0.1, 0.01), fused=True)
+    checkpoint.load_optimizer(tmp_path / "last", loaded, fresh)
+    for (name, a), b in zip(model.named_parameters(), loaded.parameters()):
+        assert torch.equal(a, b), name
+        assert fresh.state[b].keys() == optimizer.state[a].keys()
+        for key, value in optimizer.state[a].items():
+            assert torch.equal(value, fresh.state[b][key]), (name, key)
+
+
+def test_loaded_tensors_have_memory_of_their_own(tmp_path, stepped):
+    """After load_model the files may go: nothing is mapped to them, all tensors are aligned."""
+    model, optimizer = stepped
+    checkpoint.save_last(tmp_path, model, optimizer, {"step": 1})
+    loaded = checkpoint.load_model(tmp_path / "last")
+    shutil.rmtree(tmp_path / "last")
+    assert all(p.data_ptr() % 64 == 0 for p in loaded.parameters())
+    assert torch.equal(loaded.prompts, model.prompts)
+
+
+@pytest.mark.parametrize("dies_at", ["fsync", "rename 1", "rename 2"])
+def test_dying_while_saving_leaves_a_complete_checkpoint(tmp_path, stepped, monkeypatch, dies_at):
+    """Interrupted at the flush or between the renames, find_last still finds step 1."""
+    model, optimizer = stepped
+    checkpoint.save_last(tmp_path, model, optimizer, {"step": 1})
+    calls, rename = [], os.rename
+
+    def dying_rename(old, new):
+        calls.append(old)
+        if len(calls) == int(dies_at[-1]):
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    def dying_fsync(handle):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if dies_at == "fsync":
+            patch.setattr(os, "fsync", dying_fsync)
+        else:
+            patch.setattr(os, "rename", dying_rename)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save_last(tmp_path, model, optimizer, {"step": 2})
+    folder = checkpoint.find_last(tmp_path)
+    assert '"step": 1' in (folder / "state.json").read_text()
+    checkpoint.load_model(folder)
+    checkpoint.save_last(tmp_path, model, optimizer, {"step": 3})
+    assert '"step": 3' in (checkpoint.find_last(tmp_path) / "state.json").read_text()
+
+
+def test_broken_checkpoints_are_refused_by_name(tmp_path, stepped):
+    """Truncated weights, foreign or misshapen moments and a folder without a run are named."""
+    model, optimizer = stepped
+    checkpoint.save_last(tmp_path, model, optimizer, {"step": 1})
+    path = tmp_path / "last" / "optimizer.safetensors"
+    moments = load_file(path)
+    save_file({**moments, "foo:exp_avg": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="optimizer.safetensors has moments of foo"):
+        checkpoint.load_optimizer(tmp_path / "last", model, optimizer)
+    save_file({"prompts:exp_avg": torch.zeros(1, 2, 3)}, path)
+    with pytest.raises(InputError, match=r"prompts:exp_avg has shape \(1, 2, 3\)"):
+        checkpoint.load_optimizer(tmp_path / "last", model, optimizer)
+    os.truncate(tmp_path / "last" / "model.safetensors", 5000)
+    with pytest.raises(InputError, match="model.safetensors is no complete safetensors"):
+        checkpoint.load_model(tmp_path / "last")
+    with pytest.raises(InputError, match="is it a run folder"):
+        checkpoint.find_last(tmp_path / "empty")

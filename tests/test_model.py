@@ -1,0 +1,236 @@
+"""The paper's model does what the paper says: prompts, refinement, rearrangement, groups, files.
+
+    pytest tests/test_model.py
+"""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import randomise
+from safetensors.torch import load_file, save_file
+
+from errors import InputError
+from model import Config, MetaPromptModel, rearrange
+from unet import UNet
+
+TINY = Config(num_prompts=5, refine_steps=3, num_classes=4, head_channels=16, num_heads=4,
+              unet_channels=(32, 32, 64, 64), context_dim=32, vae_channels=(32, 32, 32, 32))
+
+
+def build(**changes):
+    """A tiny model with random weights (BatchNorm in evaluation mode)."""
+    torch.manual_seed(0)
+    return randomise(MetaPromptModel(replace(TINY, **changes)))
+
+
+@pytest.fixture
+def images():
+    """Two RGB images in [0, 1]."""
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_rearrangement_is_a_dot_product():
+    """Response n at a pixel is the sum over D of feature times prompt n (the paper's equation)."""
+    features, prompts = torch.randn(2, 3, 4, 5), torch.randn(1, 6, 3)
+    responses = rearrange(features, prompts)
+    assert responses.shape == (2, 6, 4, 5)
+    for b in range(2):
+        for n in range(6):
+            for y in range(4):
+                for x in range(5):
+                    expected = (features[b, :, y, x] * prompts[0, n]).sum()
+                    assert torch.isclose(responses[b, n, y, x], expected, atol=1e-5)
+
+
+def unrolled(model, images):
+    """The paper's forward pass spelled out for three passes, from the model's own parts."""
+    unet, head, c = model.unet, model.head, model.config
+    row = [0, 0, 0] if c.shared_prompts else [0, 1, 2]
+    prompts = [model.prompts[[r]] for r in row]
+    if c.prompt_adapter:
+        prompts = [model.adapters[i](prompts[i]) for i in range(3)]
+    z = model.vae(images * 2 - 1) * c.latent_scale
+    f = unet(z, model.temb[[0]], prompts[0])
+    z = unet.conv_out(torch.nn.functional.silu(unet.conv_norm_out(f[0])))
+    f = unet(z, model.temb[[1]], prompts[1])
+    z = unet.conv_out(torch.nn.functional.silu(unet.conv_norm_out(f[0])))
+    f = unet(z, model.temb[[2]], prompts[2])
+    maps = [torch.einsum("bdhw,nd->bnhw", m, prompts[2][0]) for m in model.neck(f)]
+    return head(maps, images.shape[-2:])
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"shared_prompts": False}, {"shared_prompts": False, "prompt_adapter": True},
+    {"latent_scale": 0.18215}])
+def test_three_passes_written_out(images, changes):
+    """forward = encode, UNet, feed back, UNet, feed back, UNet, neck, dot product, head."""
+    model = build(**changes)
+    with torch.no_grad():
+        assert torch.allclose(model(images), unrolled(model, images), atol=1e-5)
+
+
+def test_prediction_has_image_size(images):
+    """Logits come at the size of the images, for sizes that are no multiple of 64 too."""
+    model = build()
+    with torch.no_grad():
+        assert model(images).shape == (2, 4, 64, 64)
+        assert model(images[:, :, :, :50].repeat(1, 1, 2, 2)).shape == (2, 4, 128, 100)
+
+
+def test_each_pass_reads_its_own_timestep(images):
+    """Changing any row of temb changes the prediction; rows are not interchangeable."""
+    model = build()
+    with torch.no_grad():
+        base = model(images)
+        for step in range(3):
+            saved = model.temb[step].clone()
+            model.temb[step] += 1.0
+            assert (model(images) - base).abs().max() > 1e-4
+            model.temb[step] = saved
+        model.temb.copy_(model.temb.flip(0))
+        assert (model(images) - base).abs().max() > 1e-4
+
+
+def test_each_pass_reads_its_own_prompts(images):
+    """With one matrix per pass, the last one alone steers the rearrangement, all steer the UNet."""
+    model = build(shared_prompts=False)
+    with torch.no_grad():
+        base = model(images)
+        for step in range(3):
+            saved = model.prompts[step].clone()
+            model.prompts[step] = saved.flip(-1)
+            assert (model(images) - base).abs().max() > 1e-4
+            model.prompts[step] = saved
+
+
+def test_permuting_prompts_permutes_responses(images):
+    """Attention has no order: permuted prompts give the same responses, permuted."""
+    model = build()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    captured = []
+    handle = model.head.register_forward_pre_hook(lambda m, args: captured.append(args[0]))
+    with torch.no_grad():
+        model(images)
+        model.prompts.copy_(model.prompts[:, order])
+        model(images)
+    handle.remove()
+    for before, after in zip(*captured):
+        assert torch.allclose(before[:, order], after, atol=1e-4)
+
+
+def test_every_trained_parameter_gets_a_gradient_and_no_frozen_one(images):
+    """One loss reaches everything that is trained; VAE and time embedding stay untouched."""
+    for changes in ({}, {"refine_steps": 1}, {"shared_prompts": False, "prompt_adapter": True},
+                    {"modulated_timestep": False}, {"rearrange": False}, {"train_encoder": True}):
+        model = build(**changes).train()
+        target = torch.randint(0, 4, (2, 64, 64))
+        sum(model.loss(images, target).values()).backward()
+        for name, p in model.named_parameters():
+            assert (p.grad is not None) == p.requires_grad, (changes, name)
+            if p.requires_grad:
+                assert torch.isfinite(p.grad).all(), name
+        assert not any(p.requires_grad for p in model.unet.time_embedding.parameters())
+        assert all(p.requires_grad == model.config.train_encoder for p in model.vae.parameters())
+
+
+def test_refinement_is_not_detached(images):
+    """The last pass's loss reaches the first pass's timestep vector through the latents."""
+    model = build().train()
+    sum(model.loss(images, torch.zeros(2, 64, 64, dtype=torch.long)).values()).backward()
+    assert all(model.temb.grad[step].abs().max() > 0 for step in range(3))
+
+
+def test_static_timestep_is_sds_own_embedding_of_zero(images):
+    """modulated_timestep=False feeds the frozen embedding of t=0 in every pass (Table 5)."""
+    model = build(modulated_timestep=False)
+    learned = build()
+    with torch.no_grad():
+        own = learned.unet.time_embedding(torch.zeros(1))
+        learned.temb.copy_(own.expand(3, -1))
+        model.load_state_dict({k: v for k, v in learned.state_dict().items() if k != "temb"})
+        assert torch.allclose(model(images), learned(images), atol=1e-6)
+
+
+def test_without_rearrangement_the_head_reads_the_features(images):
+    """rearrange=False hands the D-channel maps to the head (Table 5)."""
+    model = build(rearrange=False)
+    assert model.head.decode_head.lateral_convs[0].conv.in_channels == TINY.context_dim
+    assert model(images).shape == (2, 4, 64, 64)
+
+
+def test_groups_cover_each_parameter_once_with_the_official_rates():
+    """UNet at 0.1 lr with decay, its 128 transformer norms at full lr without, the rest in full."""
+    with torch.device("meta"):
+        model = MetaPromptModel(Config())
+    groups = model.param_groups(lr=8e-5, unet_lr_mult=0.1, weight_decay=1e-3)
+    found = {}
+    for group in groups:
+        for p in group["params"]:
+            assert id(p) not in found
+            found[id(p)] = (round(group["lr"], 12), group["weight_decay"])
+    assert found.keys() == {id(p) for p in model.parameters() if p.requires_grad}
+    counts = {key: list(found.values()).count(key) for key in set(found.values())}
+    assert counts[(8e-6, 1e-3)] == 554  # 558 with the authors' time_embed, which never changes
+    assert counts[(8e-5, 0.0)] == 128
+    assert counts[(8e-5, 1e-3)] == len(found) - 554 - 128
+
+
+def test_saving_and_loading_is_the_identity(tmp_path, images):
+    """save_pretrained, from_pretrained: same configuration, tensors, predictions, frozen parts."""
+    model = build(shared_prompts=False, prompt_adapter=True, class_names=("a", "b", "c", "d"))
+    model.save_pretrained(tmp_path / "m")
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json",
+                                                                  "model.safetensors"]
+    loaded = MetaPromptModel.from_pretrained(tmp_path / "m")
+    assert loaded.config == model.config
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, p in loaded.named_parameters() if not p.requires_grad}
+
+
+def test_broken_model_folders_are_refused_by_name(tmp_path):
+    """Missing files, unknown fields and misshapen tensors each name what is wrong."""
+    folder = tmp_path / "m"
+    build().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "promts": 3}))
+    with pytest.raises(InputError, match="unknown field promts"):
+        MetaPromptModel.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "num_prompts": 6}))
+    with pytest.raises(InputError, match=r"has shape \(16, 5, 3, 3\), expected \(16, 6, 3, 3\)"):
+        MetaPromptModel.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config.json does not exist"):
+        MetaPromptModel.from_pretrained(folder)
+    with pytest.raises(InputError, match="no folder"):
+        MetaPromptModel.from_pretrained(str(tmp_path / "none"))
+
+
+def test_from_stable_diffusion_keeps_the_pretrained_tensors(tmp_path):
+    """Backbone tensors are the files'; widths in the config follow them; the VAE is frozen."""
+    donor = build()
+    for part, module in (("unet", donor.unet), ("vae", donor.vae)):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(
+            {"attention_head_dim": 4} if part == "unet" else {}))
+        save_file(module.state_dict(), tmp_path / part / "diffusion_pytorch_model.safetensors")
+    model = MetaPromptModel.from_stable_diffusion(Config(num_classes=3), str(tmp_path))
+    assert model.config.unet_channels == TINY.unet_channels
+    assert (model.config.num_heads, model.config.context_dim) == (4, 32)
+    stored = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(v, stored[k]) for k, v in model.unet.state_dict().items())
+    assert not any(p.requires_grad for p in model.vae.parameters())
+
+
+def test_unet_reads_the_prompts_as_context(images):
+    """What cross-attention receives is exactly the prompt matrix, once for the whole batch."""
+    model, seen = build(), []
+    for module in model.unet.modules():
+        if module.__class__.__name__ == "TransformerBlock":
+            module.attn2.register_forward_pre_hook(lambda m, args: seen.append(args[1]))
+    with torch.no_grad():
+        model(images)
+    assert len(seen) == 3 * 16 and all(torch.equal(c, model.prompts) for c in seen)
+    assert isinstance(model.unet, UNet)

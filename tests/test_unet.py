@@ -1,0 +1,243 @@
+"""The UNet is Stable Diffusion's: it equals diffusers, outputs and gradients, under HF's names.
+
+    pytest tests/test_unet.py            (with -m slow: at SD1.5's full width)
+"""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import LEVELS, diffusers_unet, hooked_features, relative_error
+
+import unet as our
+from errors import InputError
+from unet import UNet
+
+CONTEXT = 48
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """(diffusers' UNet, ours) with the same random weights."""
+    oracle = diffusers_unet(context_dim=CONTEXT)
+    ours = UNet(LEVELS, num_heads=8, context_dim=CONTEXT).eval()
+    ours.load_state_dict(oracle.state_dict())
+    return oracle, ours
+
+
+def inputs(size, N=77, B=2, seed=0):
+    """Latents, timesteps and context of the given sizes."""
+    torch.manual_seed(seed)
+    return torch.randn(B, 4, *size), torch.tensor([7, 801])[:B], torch.randn(B, N, CONTEXT)
+
+
+def test_names_are_hugging_faces(pair):
+    """Names and shapes of all parameters are diffusers', so its files load with no remapping."""
+    oracle, ours = pair
+    assert {k: v.shape for k, v in ours.state_dict().items()} == \
+        {k: v.shape for k, v in oracle.state_dict().items()}
+
+
+def test_full_width_is_sd15():
+    """The default sizes give SD1.5's 686 tensors and 859.52 million parameters."""
+    with torch.device("meta"):
+        unet = UNet()
+    assert len(unet.state_dict()) == 686
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24), (40, 16)])
+@pytest.mark.parametrize("N", [1, 50, 150])
+def test_equals_diffusers(pair, size, N):
+    """Output and all four features equal diffusers' (float32, < 1e-5), also non-square."""
+    oracle, ours = pair
+    latents, t, context = inputs(size, N)
+    with torch.no_grad():
+        output, expected = hooked_features(oracle, latents, t, context)
+        features = ours(latents, ours.embed_timestep(t), context)
+        assert relative_error(ours.to_latents(features[0]), output) < 1e-5
+    for i in range(4):
+        assert relative_error(features[i], expected[i]) < 1e-5
+
+
+def test_features_have_the_papers_sizes(pair):
+    """Finest first: C0..C3 channels at 1, 1/2, 1/4, 1/8 of the latents."""
+    _, ours = pair
+    latents, t, context = inputs((16, 24))
+    features = ours(latents, ours.embed_timestep(t), context)
+    assert [tuple(f.shape[1:]) for f in features] == [
+        (LEVELS[0], 16, 24), (LEVELS[1], 8, 12), (LEVELS[2], 4, 6), (LEVELS[3], 2, 3)]
+
+
+def test_gradients_equal_diffusers(pair):
+    """The gradient of every parameter and input equals diffusers' (< 1e-5 of the largest)."""
+    oracle, ours = pair
+    latents, t, context = inputs((8, 16), N=5)
+    sets = []
+    for module in (oracle, ours):
+        module.zero_grad()
+        x, c = latents.clone().requires_grad_(), context.clone().requires_grad_()
+        if module is oracle:
+            output, features = hooked_features(oracle, x, t, c)
+        else:
+            features = ours(x, ours.embed_timestep(t), c)
+            output = ours.to_latents(features[0])
+        weights = torch.Generator().manual_seed(1)
+        loss = sum((f * torch.randn(f.shape, generator=weights)).sum() for f in (output, *features))
+        loss.backward()
+        sets.append({"x": x.grad, "c": c.grad,
+                     **{n: p.grad.clone() for n, p in module.named_parameters()}})
+    for name, expected in sets[0].items():
+        # Some are zero but for rounding (a bias before a norm of its channel): compare to the layer.
+        scale = max(expected.abs().max(), 1e-3 * sets[0][
+            name.replace("bias", "weight")].abs().max())
+        assert ((sets[1][name] - expected).abs().max() / scale) < 1e-4, name
+
+
+def composed(oracle, latents, temb, context):
+    """The official rule for odd sizes, composed from diffusers' own blocks: the SKIP is resized."""
+    x = oracle.conv_in(latents)
+    skips, features = [x], []
+    for block in oracle.down_blocks[:3]:
+        x, outputs = block(x, temb, encoder_hidden_states=context)
+        skips += outputs
+    x, outputs = oracle.down_blocks[3](x, temb)
+    skips += outputs
+    x = oracle.mid_block(x, temb, encoder_hidden_states=context)
+    for level, block in enumerate(oracle.up_blocks):
+        for layer, resnet in enumerate(block.resnets):
+            skip = skips.pop()
+            if skip.shape[-2:] != x.shape[-2:]:
+                skip = F.interpolate(skip, x.shape[-2:], mode="bilinear", align_corners=False)
+            x = resnet(torch.cat([x, skip], dim=1), temb)
+            if level > 0:
+                x = block.attentions[layer](x, encoder_hidden_states=context)[0]
+            if layer == (2 if level == 3 else 1):
+                features.insert(0, x)
+        if level < 3:
+            x = block.upsamplers[0](x)
+    return features
+
+
+@pytest.mark.parametrize("size", [(9, 16), (35, 43), (20, 12), (8, 8)])
+def test_odd_sizes_resize_the_skip(pair, size):
+    """Sizes that are no multiple of 8 follow the official rule; out0 is rounded up to one."""
+    oracle, ours = pair
+    latents, t, context = inputs(size, N=3)
+    with torch.no_grad():
+        temb = ours.embed_timestep(t)
+        features = ours(latents, temb, context)
+        expected = composed(oracle, latents, temb, context)
+    assert features[0].shape[-2:] == tuple(-(-s // 8) * 8 for s in size)
+    for ours_i, expected_i in zip(features, expected):
+        assert relative_error(ours_i, expected_i) < 1e-5
+
+
+def test_shared_inputs_equal_repeated_ones(pair):
+    """temb and context of batch size 1 mean the same for every image (< 1e-5)."""
+    _, ours = pair
+    latents, t, context = inputs((16, 8), N=50, B=2)
+    temb = ours.embed_timestep(t[:1])
+    with torch.no_grad():
+        shared = ours(latents, temb, context[:1])
+        repeated = ours(latents, temb.expand(2, -1), context[:1].expand(2, -1, -1))
+    for a, b in zip(shared, repeated):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_context_and_timestep_matter(pair):
+    """Other prompts or another timestep change every feature."""
+    _, ours = pair
+    latents, t, context = inputs((8, 8))
+    with torch.no_grad():
+        base = ours(latents, ours.embed_timestep(t), context)
+        for other in (ours(latents, ours.embed_timestep(t + 5), context),
+                      ours(latents, ours.embed_timestep(t), context.flip(-1))):
+            assert all(relative_error(a, b) > 1e-4 for a, b in zip(other[:3], base[:3]))
+
+
+def test_gradient_checkpointing_changes_nothing(pair):
+    """Recomputing the blocks gives the same features and gradients, bit for bit."""
+    _, ours = pair
+    latents, t, context = inputs((8, 8))
+    results = []
+    for ours.gradient_checkpointing in (False, True):
+        ours.zero_grad()
+        features = ours(latents, ours.embed_timestep(t), context)
+        sum(f.square().mean() for f in features).backward()
+        results.append([*features, *(p.grad for p in ours.parameters() if p.grad is not None)])
+    ours.gradient_checkpointing = False
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors",
+                                  "diffusion_pytorch_model.fp16.safetensors"])
+def test_loads_a_diffusers_folder(pair, tmp_path, name):
+    """from_pretrained reads what diffusers saves: widths and heads come from the files."""
+    oracle, _ = pair
+    half = "fp16" in name
+    model = diffusers_unet(context_dim=CONTEXT)
+    if half:
+        model.half()
+    model.save_pretrained(tmp_path / "unet", variant="fp16" if half else None)
+    assert (tmp_path / "unet" / name).is_file()
+    unet = UNet.from_pretrained(str(tmp_path))
+    assert (unet.channels, unet.num_heads, unet.context_dim) == (LEVELS, 8, CONTEXT)
+    for key, value in unet.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, model.state_dict()[key].float()), key
+
+
+@pytest.mark.parametrize("key,value", [
+    ("use_linear_projection", True), ("layers_per_block", 1), ("attention_head_dim", [5, 10, 20]),
+    ("down_block_types", ["DownBlock2D"] * 4), ("act_fn", "gelu"), ("in_channels", 9)])
+def test_refuses_another_architecture(pair, tmp_path, key, value):
+    """A config.json of another model (SD2, inpainting) is refused by the field that differs."""
+    diffusers_unet(context_dim=CONTEXT).save_pretrained(tmp_path / "unet")
+    path = tmp_path / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    config[key] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"config.json: {key}"):
+        UNet.from_pretrained(str(tmp_path))
+
+
+def test_own_timestep_embedding_is_sinusoidal():
+    """Cosines come first, frequencies fall from 1 to nearly 1/10000 (DDPM, Stable Diffusion)."""
+    embedding = our.TimestepEmbedding(8, 16)
+    captured = []
+    embedding.linear_1.register_forward_pre_hook(lambda m, args: captured.append(args[0]))
+    embedding(torch.tensor([3.0]))
+    frequency = 10000 ** (-torch.arange(4) / 4)
+    expected = torch.cat([(3 * frequency).cos(), (3 * frequency).sin()])
+    assert torch.allclose(captured[0][0], expected, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_full_width_equals_diffusers(tmp_path):
+    """At SD1.5's width: HF files saved by diffusers, and the LDM single file, give its outputs."""
+    from ldm_names import to_ldm
+    from safetensors.torch import save_file
+    oracle = diffusers_unet((320, 640, 1280, 1280), context_dim=768)
+    oracle.save_pretrained(tmp_path / "unet")
+    tensors = {"model.diffusion_model." + to_ldm(k, "unet"): v
+               for k, v in oracle.state_dict().items()}
+    save_file(tensors, tmp_path / "v1-5.safetensors")
+    latents, t = torch.randn(1, 4, 24, 16), torch.tensor([421])
+    context = torch.randn(1, 150, 768)
+    with torch.no_grad():
+        output, expected = hooked_features(oracle, latents, t, context)
+        for source in (tmp_path, tmp_path / "v1-5.safetensors"):
+            unet = UNet.from_pretrained(str(source)).eval()
+            features = unet(latents, unet.embed_timestep(t), context)
+            errors = [relative_error(a, b) for a, b in zip(features, expected)]
+            errors.append(relative_error(unet.to_latents(features[0]), output))
+            print(f"\n{source.name or 'folder'}: largest relative error {max(errors):.1e}")
+            assert max(errors) < 1e-5
+
+
+def test_random_weights_have_torch_defaults():
+    """A UNet made from nothing is initialised (no meta tensors, finite forward)."""
+    unet = UNet((32, 32, 32, 32), 2, 16)
+    out = unet(torch.randn(1, 4, 16, 16), torch.randn(1, 128), torch.randn(1, 2, 16))
+    assert all(torch.isfinite(f).all() for f in out)
