@@ -234,9 +234,10 @@ def main() -> None:
     if name not in PROTOCOLS:
         raise InputError(f"--dataset {name} is unknown: choose from {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[name]
-    dataset = data.open_dataset(name, args.data or recipe.get("data"), "val",
-                                size=recipe.get("crop", 128), scale=protocol.scale,
-                                length=recipe.get("val_scenes", 300))
+    own = recipe if name == recipe.get("dataset") else {}
+    dataset = data.open_dataset(name, args.data or own.get("data"), "val",
+                                size=own.get("crop", 128), scale=protocol.scale,
+                                length=own.get("val_scenes", 300))
     device = pick_device(args.device)
     dtype = pick_precision(args.precision, device)
     out = Path(args.out) if args.out else folder.parent / "eval"
@@ -249,6 +250,8 @@ def main() -> None:
     metrics = evaluate_seg(model, dataset, protocol, dtype, workers=args.workers,
                            sheet=out / "pictures.png")
     print_table(metrics, dataset.classes.names)
+    metrics = {key: [None if np.isnan(v) else v for v in value] if isinstance(value, list) else value
+               for key, value in metrics.items()}        # JSON has no nan
     report = {"checkpoint": str(folder), "dataset": name, "images": len(dataset),
               "protocol": asdict(protocol), **metrics}
     (out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")

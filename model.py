@@ -53,6 +53,7 @@ class Config:
     context_dim: int = unet.CONTEXT_DIM  # D
     vae_channels: tuple[int, ...] = vae.CHANNELS
     latent_channels: int = vae.LATENT_CHANNELS  # 4 in Stable Diffusion
+    norm_groups: int = vae.GROUPS  # 32 in Stable Diffusion; a narrow model needs fewer
 
     def __post_init__(self):
         for field in fields(self):  # JSON has no tuples
@@ -89,9 +90,10 @@ class MetaPromptModel(nn.Module):
         super().__init__()
         self.config = config
         N, D, T = config.num_prompts, config.context_dim, config.refine_steps
-        self.vae = encoder or vae.VAEEncoder(config.vae_channels, config.latent_channels)
+        self.vae = encoder or vae.VAEEncoder(config.vae_channels, config.latent_channels,
+                                             config.norm_groups)
         self.unet = backbone or unet.UNet(config.unet_channels, config.num_heads, D,
-                                          config.latent_channels)
+                                          config.latent_channels, config.norm_groups)
         rows = 1 if config.shared_prompts else T
         self.prompts = nn.Parameter(torch.randn(rows, N, D))               # paper: random values
         self.adapters = nn.ModuleList(

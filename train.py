@@ -44,11 +44,12 @@ class Recipe:
     latent_scale: float = 1.0  # official; 0.18215 is Stable Diffusion's
     head_channels: int = 512  # official: UPerHead
     dropout: float = 0.0  # official: 0 on ADE20K
-    unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # these five: read with backbone "tiny"
+    unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # to norm_groups: read with backbone "tiny"
     vae_channels: tuple[int, ...] = (128, 256, 512, 512)
     context_dim: int = 768  # D
     num_heads: int = 8
     latent_channels: int = 4
+    norm_groups: int = 32
 
     iterations: int = 80_000  # optimiser steps; paper Table 2
     batch: int = 16  # images per optimiser step; paper Table 6 (released configs: 8)
@@ -76,10 +77,11 @@ class Recipe:
 # What a tiny backbone from random weights needs instead: ours, tuned on two CPU cores.
 TINY = {
     "backbone": "tiny", "num_prompts": 32, "head_channels": 64, "context_dim": 64, "num_heads": 1,
-    "unet_channels": (32, 64, 64, 64), "vae_channels": (32, 32, 64, 64), "latent_channels": 16,
-    "refine_steps": 2, "iterations": 230, "batch": 16, "micro_batch": 16, "lr": 2e-3,
-    "unet_lr_mult": 1.0, "weight_decay": 1e-2, "warmup": 20, "crop": 128, "scale": None, "workers": 1,
-    "gradient_checkpointing": False, "log_every": 10, "eval_every": 200, "save_every": 200,
+    "unet_channels": (32, 64, 96, 128), "vae_channels": (16, 32, 64, 64), "latent_channels": 16,
+    "norm_groups": 8,
+    "refine_steps": 2, "iterations": 200, "batch": 16, "micro_batch": 16, "lr": 2e-3,
+    "unet_lr_mult": 1.0, "weight_decay": 1e-2, "warmup": 20, "crop": 128, "scale": None, "workers": 0,
+    "gradient_checkpointing": False, "log_every": 10, "eval_every": 100, "save_every": 100,
 }
 
 RECIPES = {
@@ -156,9 +158,10 @@ def check(recipe: Recipe) -> None:
         if getattr(recipe, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: at least 1")
     for name in ("unet_channels", "vae_channels"):
-        if len(getattr(recipe, name)) != 4 or any(c % 32 for c in getattr(recipe, name)):
-            raise InputError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: four multiples "
-                             "of 32 (GroupNorm has 32 groups)")
+        widths, groups = getattr(recipe, name), recipe.norm_groups
+        if len(widths) != 4 or any(c % groups for c in widths):
+            raise InputError(f"--{name.replace('_', '-')} {widths}: four multiples of "
+                             f"--norm-groups {groups}")
 
 
 def free_folder(base: str) -> str:
@@ -203,7 +206,8 @@ def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> MetaPromptModel
         head_channels=recipe.head_channels, dropout=recipe.dropout,
         train_encoder=tiny or recipe.init == "random", unet_channels=recipe.unet_channels,
         vae_channels=recipe.vae_channels, context_dim=recipe.context_dim,
-        num_heads=recipe.num_heads, latent_channels=recipe.latent_channels)
+        num_heads=recipe.num_heads, latent_channels=recipe.latent_channels,
+        norm_groups=recipe.norm_groups)
     torch.manual_seed(recipe.seed)
     if config.train_encoder:
         print("backbone   RANDOM weights (no Stable Diffusion): the VAE encoder is trained, too")

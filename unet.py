@@ -28,6 +28,7 @@ CHANNELS = (320, 640, 1280, 1280)  # SD1.5, per level: 1/8, 1/16, 1/32, 1/64
 NUM_HEADS = 8  # at every level; HF's config calls this number "attention_head_dim"
 CONTEXT_DIM = 768  # D
 LATENT_CHANNELS = 4  # of SD1.5
+GROUPS = 32  # of every GroupNorm, in SD1.5
 SD1_CONFIG = {  # what a config.json must say (or leave out) for this file to be the same model
     "act_fn": "silu", "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
     "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
@@ -60,12 +61,12 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, conv, twice, around a skip; the timestep shifts the middle."""
 
-    def __init__(self, c_in: int, c_out: int, c_temb: int):
+    def __init__(self, c_in: int, c_out: int, c_temb: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, c_in, eps=1e-5)
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-5)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(c_temb, c_out)
-        self.norm2 = nn.GroupNorm(32, c_out, eps=1e-5)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-5)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
@@ -150,9 +151,9 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer block over the positions of a feature map, around a skip."""
 
-    def __init__(self, channels: int, c_context: int, num_heads: int):
+    def __init__(self, channels: int, c_context: int, num_heads: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)  # 1e-6 here, 1e-5 in the residual blocks
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, 1e-5 in the residual blocks
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, c_context, num_heads)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
@@ -194,12 +195,11 @@ class Upsample(nn.Module):
 class DownBlock(nn.Module):
     """A level of the encoder: two layers, then half the size on all levels but the last."""
 
-    def __init__(self, c_in, c_out, c_temb, c_context, num_heads, attention, downsample):
+    def __init__(self, c_in, c_out, c_temb, c_context, num_heads, groups, attention, downsample):
         super().__init__()
-        self.resnets = nn.ModuleList([
-            ResnetBlock(c_in, c_out, c_temb), ResnetBlock(c_out, c_out, c_temb)])
-        self.attentions = nn.ModuleList([
-            SpatialTransformer(c_out, c_context, num_heads) for _ in range(2 if attention else 0)])
+        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, c_temb, groups) for c in (c_in, c_out)])
+        self.attentions = nn.ModuleList([SpatialTransformer(c_out, c_context, num_heads, groups)
+                                         for _ in range(2 if attention else 0)])
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
@@ -218,10 +218,12 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """Layer at the bottom of the UNet: residual block, transformer, residual block."""
 
-    def __init__(self, channels, c_temb, c_context, num_heads):
+    def __init__(self, channels, c_temb, c_context, num_heads, groups):
         super().__init__()
-        self.attentions = nn.ModuleList([SpatialTransformer(channels, c_context, num_heads)])
-        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, c_temb) for _ in range(2)])
+        self.attentions = nn.ModuleList([
+            SpatialTransformer(channels, c_context, num_heads, groups)])
+        self.resnets = nn.ModuleList([
+            ResnetBlock(channels, channels, c_temb, groups) for _ in range(2)])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -232,12 +234,13 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """A level of the decoder: three layers, each joined by a skip, then twice the size."""
 
-    def __init__(self, c_in, c_skips, c_out, c_temb, c_context, num_heads, attention, upsample):
+    def __init__(self, c_in, c_skips, c_out, c_temb, c_context, num_heads, groups, attention,
+                 upsample):
         super().__init__()
         inputs = [c + skip for c, skip in zip((c_in, c_out, c_out), c_skips)]
-        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, c_temb) for c in inputs])
-        self.attentions = nn.ModuleList([
-            SpatialTransformer(c_out, c_context, num_heads) for _ in range(3 if attention else 0)])
+        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, c_temb, groups) for c in inputs])
+        self.attentions = nn.ModuleList([SpatialTransformer(c_out, c_context, num_heads, groups)
+                                         for _ in range(3 if attention else 0)])
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor,
@@ -265,18 +268,19 @@ def fit_skip(skip: Tensor, x: Tensor) -> Tensor:
 
 
 class UNet(nn.Module):
-    """SD1.x's UNet; `channels` per level, multiples of 32 (GroupNorm) and of `num_heads`.
+    """SD1.x's UNet; `channels` per level, multiples of `num_heads` and of the norms' `groups`.
 
     `gradient_checkpointing` recomputes each block in the backward pass instead of storing it.
     """
 
     def __init__(self, channels: tuple[int, ...] = CHANNELS, num_heads: int = NUM_HEADS,
-                 context_dim: int = CONTEXT_DIM, latent_channels: int = LATENT_CHANNELS):
+                 context_dim: int = CONTEXT_DIM, latent_channels: int = LATENT_CHANNELS,
+                 groups: int = GROUPS):
         super().__init__()
         c0, c1, c2, c3 = self.channels = tuple(channels)
         self.num_heads, self.context_dim, self.temb_dim = num_heads, context_dim, 4 * c0
         self.gradient_checkpointing = False
-        rest = (self.temb_dim, context_dim, num_heads)
+        rest = (self.temb_dim, context_dim, num_heads, groups)
 
         self.time_embedding = TimestepEmbedding(c0, self.temb_dim)
         self.conv_in = nn.Conv2d(latent_channels, c0, 3, padding=1)
@@ -293,7 +297,7 @@ class UNet(nn.Module):
             UpBlock(c2, (c1, c1, c0), c1, *rest, attention=True, upsample=True),
             UpBlock(c1, (c0, c0, c0), c0, *rest, attention=True, upsample=False),
         ])
-        self.conv_norm_out = nn.GroupNorm(32, c0, eps=1e-5)
+        self.conv_norm_out = nn.GroupNorm(groups, c0, eps=1e-5)
         self.conv_out = nn.Conv2d(c0, latent_channels, 3, padding=1)
 
     def embed_timestep(self, timesteps: Tensor) -> Tensor:

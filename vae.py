@@ -15,17 +15,18 @@ import weights
 
 CHANNELS = (128, 256, 512, 512)  # SD1.5, per level: 1/1, 1/2, 1/4, 1/8
 LATENT_CHANNELS = 4  # of SD1.5
+GROUPS = 32  # of every GroupNorm, in SD1.5
 EPS = 1e-6
 
 
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, conv, twice, around a skip connection."""
 
-    def __init__(self, c_in: int, c_out: int):
+    def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, c_in, eps=EPS)
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=EPS)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(32, c_out, eps=EPS)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=EPS)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
@@ -39,9 +40,9 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all positions with a single head, only at 1/8 resolution."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.group_norm = nn.GroupNorm(32, channels, eps=EPS)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -71,9 +72,10 @@ class Downsample(nn.Module):
 class DownBlock(nn.Module):
     """Two residual blocks, then half the size on all levels but the last."""
 
-    def __init__(self, c_in: int, c_out: int, downsample: bool):
+    def __init__(self, c_in: int, c_out: int, groups: int, downsample: bool):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c_in, c_out), ResnetBlock(c_out, c_out)])
+        self.resnets = nn.ModuleList([ResnetBlock(c_in, c_out, groups),
+                                      ResnetBlock(c_out, c_out, groups)])
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,10 +88,10 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """Residual block, attention, residual block."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(channels)])
-        self.resnets = nn.ModuleList([ResnetBlock(channels, channels) for _ in range(2)])
+        self.attentions = nn.ModuleList([Attention(channels, groups)])
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -99,18 +101,18 @@ class MidBlock(nn.Module):
 class Encoder(nn.Module):
     """Image -> the 8 moments (4 means, 4 log-variances), before `quant_conv`."""
 
-    def __init__(self, channels: tuple[int, ...], moments: int):
+    def __init__(self, channels: tuple[int, ...], moments: int, groups: int):
         super().__init__()
         c0, c1, c2, c3 = channels
         self.conv_in = nn.Conv2d(3, c0, 3, padding=1)
         self.down_blocks = nn.ModuleList([
-            DownBlock(c0, c0, downsample=True),                            # 1/1 -> 1/2
-            DownBlock(c0, c1, downsample=True),                            # 1/2 -> 1/4
-            DownBlock(c1, c2, downsample=True),                            # 1/4 -> 1/8
-            DownBlock(c2, c3, downsample=False),                           # 1/8
+            DownBlock(c0, c0, groups, downsample=True),                    # 1/1 -> 1/2
+            DownBlock(c0, c1, groups, downsample=True),                    # 1/2 -> 1/4
+            DownBlock(c1, c2, groups, downsample=True),                    # 1/4 -> 1/8
+            DownBlock(c2, c3, groups, downsample=False),                   # 1/8
         ])
-        self.mid_block = MidBlock(c3)
-        self.conv_norm_out = nn.GroupNorm(32, c3, eps=EPS)
+        self.mid_block = MidBlock(c3, groups)
+        self.conv_norm_out = nn.GroupNorm(groups, c3, eps=EPS)
         self.conv_out = nn.Conv2d(c3, moments, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,13 +125,13 @@ class Encoder(nn.Module):
 
 
 class VAEEncoder(nn.Module):
-    """SD1.5's VAE encoder; `channels` per level, multiples of 32 (GroupNorm has 32 groups)."""
+    """SD1.5's VAE encoder; `channels` per level, multiples of the GroupNorms' `groups`."""
 
     def __init__(self, channels: tuple[int, ...] = CHANNELS,
-                 latent_channels: int = LATENT_CHANNELS):
+                 latent_channels: int = LATENT_CHANNELS, groups: int = GROUPS):
         super().__init__()
         self.channels, self.latent_channels = tuple(channels), latent_channels
-        self.encoder = Encoder(self.channels, 2 * latent_channels)
+        self.encoder = Encoder(self.channels, 2 * latent_channels, groups)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -156,7 +156,6 @@ def test_probabilities_come_last():
     logits = F.interpolate(evaluation.slide(model, images, 4, 2), size=(9, 11), mode="bilinear",
                            align_corners=False)
     torch.testing.assert_close(probs, logits.softmax(dim=1))
-    assert not probs.requires_grad
     whole = evaluation.predict_seg(model, images, (4, 6), Protocol(None, None, None), torch.float32)
     torch.testing.assert_close(whole, model(images).softmax(dim=1))
 
@@ -303,6 +302,13 @@ def test_batches_change_nothing(batch):
     assert 0 < results[0]["mIoU"] < 1
     assert str(results[0]) == str(results[1])                              # nan != nan
     assert model.batches[5][0] == min(batch, 5)
+
+
+def test_prediction_keeps_no_graph():
+    """Predicting records nothing for a backward pass, which whole images have no memory for."""
+    probs = evaluation.predict_seg(ByColour(), torch.zeros(1, 3, 8, 8), (8, 8),
+                                   Protocol(None, None, None), torch.float32)
+    assert not probs.requires_grad
 
 
 @pytest.mark.parametrize("training", [True, False])

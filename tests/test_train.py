@@ -199,9 +199,9 @@ BAD_FLAGS = [
     (["--batch", "5"], "no multiple of --micro-batch"),
     (["--crop", "100"], "multiple of 64"),
     (["--unet-channels", "320", "640", "1280", "1280"], "--init random"),
-    (["--unet-channels", "32", "48", "64", "64"], "multiples of 32"),
+    (["--unet-channels", "32", "44", "64", "64"], "multiples of"),
     (["--iterations", "0"], "--iterations 0"),
-    (["--device", "cuda"], "no GPU"),
+    (["--device", "cuda"], "sees 0 GPUs"),
     (["--dataset", "ade20k"], "needs --data"),
     (["--dataset", "folder", "--data", "/nowhere"], "no folder"),
 ]
