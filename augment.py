@@ -1,4 +1,4 @@
-"""Training augmentation for segmentation: what happens to image and label before the network.
+"""Training augmentation: what happens to image, label and depth before the network.
 
 The official model was trained through mmsegmentation 0.30.0, which does its pixel work in cv2 4.8.
 Here are the same geometry and colour rules in plain numpy, without cv2. In pipeline order:
@@ -8,6 +8,8 @@ Here are the same geometry and colour rules in plain numpy, without cv2. In pipe
     flip (both, with odds 1/2)                                           `RandomFlip`
     photometric_distortion (image)                                       `PhotoMetricDistortion`
     pad_to (both; the image after normalisation)                         `Pad`
+
+and for depth `depth_augmentation`, the chain of the official depth model.
 
 Images are (H, W, 3) uint8 RGB, labels (H, W) uint8 with 255 = ignore. (cv2 loads BGR, but only the
 HSV rules can tell the channels apart, and those are written for RGB here.)
@@ -245,6 +247,70 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
     if not contrast_first and rng.integers(2):
         image = _convert(image, alpha=rng.uniform(*FACTOR_RANGE))
     return image
+
+
+# ----------------------------------------------------------------------------------------- depth
+# The chain of the official depth model: VPD's CutDepth, then albumentations 1.3 on uint8.
+
+def cut_depth(image: np.ndarray, depth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """"Vertical CutDepth": a random range of columns shows the raw depth instead of the image.
+
+    image (H, W, 3) uint8, depth (H, W) float32 in the file's units.  The official code casts the
+    raw values to uint8, which keeps their low byte: 2713 mm become grey level 153.  Kept as it is.
+    """
+    width = image.shape[1]
+    alpha, beta = rng.random(), rng.random()
+    left, columns = int(alpha * width), int(max((width - alpha * width) * beta * 0.75, 1))
+    image = image.copy()
+    low_byte = (depth[:, left:left + columns].astype(np.int64) & 255).astype(np.uint8)
+    image[:, left:left + columns] = low_byte[:, :, None]
+    return image
+
+
+def brightness_contrast(image: np.ndarray, alpha: float, beta: float) -> np.ndarray:
+    """Grey levels i -> i * alpha + 255 * beta, clipped and truncated, by a look-up table."""
+    levels = np.arange(256, dtype=np.float32) * np.float32(alpha) + np.float32(beta * 255)
+    return np.clip(levels, 0, 255).astype(np.uint8)[image]
+
+
+def gamma(image: np.ndarray, exponent: float) -> np.ndarray:
+    """Grey levels i -> 255 * (i / 255) ** exponent, truncated, by a look-up table."""
+    levels = np.power(np.arange(256) * (1.0 / 255), exponent) * 255
+    return levels.astype(np.uint8)[image]
+
+
+def shift_hsv(image: np.ndarray, hue: float, saturation: float, value: float) -> np.ndarray:
+    """Shift H (in steps of 2 degrees, cyclic), S and V (grey levels, clipped), each truncated."""
+    levels = np.arange(256, dtype=np.float64)
+    tables = (np.mod(levels + hue, HUE_STEPS), np.clip(levels + saturation, 0, 255),
+              np.clip(levels + value, 0, 255))
+    hsv = rgb_to_hsv(image)
+    shifted = [table.astype(np.uint8)[hsv[..., i]] for i, table in enumerate(tables)]
+    return hsv_to_rgb(np.stack(shifted, axis=-1))
+
+
+def depth_augmentation(image: np.ndarray, depth: np.ndarray, size: tuple[int, int],
+                       rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The whole training chain of the official depth model (spec B.3), in its order.
+
+    image (H, W, 3) uint8, depth (H, W) float32 in the file's units; both come back at `size`.
+    DEVIATION: CutDepth hits a quarter of the samples by chance; the official code counts samples
+    per worker and takes every fourth (decisions 17).
+    """
+    if rng.random() < 0.25:
+        image = cut_depth(image, depth, rng)
+    if rng.random() < 0.5:
+        image, depth = flip(image), flip(depth)
+    y = int((image.shape[0] - size[0] + 1) * rng.random())
+    x = int((image.shape[1] - size[1] + 1) * rng.random())
+    image, depth = crop(image, y, x, size), crop(depth, y, x, size)
+    if rng.random() < 0.5:
+        image = brightness_contrast(image, 1 + rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2))
+    if rng.random() < 0.5:
+        image = gamma(image, rng.uniform(80, 120) / 100)
+    if rng.random() < 0.5:
+        image = shift_hsv(image, rng.uniform(-20, 20), rng.uniform(-30, 30), rng.uniform(-20, 20))
+    return image, depth
 
 
 def _convert(pixels: np.ndarray, alpha: float = 1.0, beta: float = 0.0) -> np.ndarray:

@@ -74,7 +74,7 @@ def find_last(run: Path) -> Path:
     for folder in (run / "last", run / "last.previous"):
         if (folder / "state.json").is_file():
             return folder
-    raise InputError(f"--resume {run}: it holds no last/state.json; is it a run folder of train.py?")
+    raise InputError(f"--resume {run}: no last/state.json in it; is it a run folder of train.py?")
 
 
 def load_model(folder: Path) -> MetaPromptModel:

@@ -142,12 +142,13 @@ def ade20k_layout(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Clas
 # ------------------------------------------------------------------------------------------------
 # Samples
 
-def to_sample(image: np.ndarray, label: np.ndarray, name: str) -> dict:
-    """(H, W, 3) uint8 or float32 in [0, 1] and (H, W) labels -> a sample."""
+def to_sample(image: np.ndarray, target: np.ndarray, name: str) -> dict:
+    """(H, W, 3) uint8 or float32 in [0, 1] and (H, W) labels (uint8) or metres -> a sample."""
     if image.dtype == np.uint8:
         image = image.astype(np.float32) / 255
+    target = target.astype(np.int64 if target.dtype == np.uint8 else np.float32)
     return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-            "target": torch.from_numpy(label.astype(np.int64)), "name": name}
+            "target": torch.from_numpy(np.ascontiguousarray(target)), "name": name}
 
 
 class SegFiles(Dataset):
@@ -222,11 +223,12 @@ class SegFiles(Dataset):
                 f"{len(self.classes.names)} classes seen, {share:.1f} % of the pixels ignored")
 
 
-class ShapesSeg(Dataset):
-    """The embedded scenes as a segmentation set of `length` scenes per epoch, new ones in each."""
+class Shapes(Dataset):
+    """Embedded scenes, `length` per epoch, new ones in each: labels for seg, metres for depth."""
 
-    def __init__(self, length: int, *, training: bool, size: int, seed: int = 0):
-        self.length, self.training, self.size, self.seed = length, training, size, seed
+    def __init__(self, length: int, *, task: str = "seg", training: bool, size: int, seed: int = 0):
+        self.length, self.task, self.training = length, task, training
+        self.size, self.seed = size, seed
         self.classes = plain_classes(shapes.CLASSES, COLOURS)
 
     def __len__(self) -> int:
@@ -235,35 +237,38 @@ class ShapesSeg(Dataset):
     def scene_seed(self, key: tuple[int, int]) -> int:
         """Seed of the scene of (epoch, index); validation scenes are the same in every run."""
         epoch, index = key
-        return self.seed * VAL_SEED * 2 + epoch * self.length + index if self.training else \
-            VAL_SEED + index
+        if not self.training:
+            return VAL_SEED + index
+        return self.seed * VAL_SEED * 2 + epoch * self.length + index
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Sample of key = (epoch, index)."""
         scene = shapes.render(self.scene_seed(key), self.size, self.size)
-        return to_sample(scene.image, scene.label, f"scene {self.scene_seed(key)}")
+        target = scene.label if self.task == "seg" else scene.depth  # metres; the sky has none: 0
+        return to_sample(scene.image, target, f"scene {self.scene_seed(key)}")
 
     def check(self) -> str:
         """Summary line, like SegFiles.check."""
         return f"{self.length} scenes of {self.size}x{self.size} pixels, rendered on the fly"
 
 
-def open_dataset(name: str, root: str | None, split: str, *, size: int,
-                 scale: tuple[int, int] | None, length: int = 0, seed: int = 0):
-    """The data set `name` for `split` = "train" or "val"; InputError if its files aren't there.
-
-    `size`: training crop (files) or scene size (shapes); `length`: scenes (shapes only).
-    """
-    training = split == "train"
-    if name == "shapes":
-        return ShapesSeg(length, training=training, size=size, seed=seed)
+def find_root(root: str | None, dataset: str) -> Path:
+    """The folder of --data; InputError if it was not given or is none."""
     if root is None:
-        raise InputError(f"--dataset {name} needs --data: the folder that holds it")
+        raise InputError(f"--dataset {dataset} needs --data: the folder that holds it")
     if not Path(root).is_dir():
         raise InputError(f"--data {root} is no folder")
-    layout = {"folder": folder_layout, "ade20k": ade20k_layout}[name]
-    pairs, classes = layout(Path(root), split)
-    return SegFiles(pairs, classes, training=training, crop=size, scale=scale, seed=seed)
+    return Path(root)
+
+
+def open_dataset(name: str, root: str | None, split: str, *, size: int,
+                 scale: tuple[int, int] | None, seed: int = 0) -> SegFiles:
+    """The segmentation set `name` for `split` = "train" or "val"; InputError if its files aren't
+    there.  `size`: side of the training crop.
+    """
+    layout = folder_layout if name == "folder" else ade20k_layout
+    pairs, classes = layout(find_root(root, name), split)
+    return SegFiles(pairs, classes, training=split == "train", crop=size, scale=scale, seed=seed)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     task   neck (to the prompts' space, D = 768)   after rearrangement        head -> output
     seg    PyramidNeck: 4 maps, x2, strides 4..32  4 x (B, N, h, w)           UPerHead -> logits
+    depth  FusionNeck: all four to one, stride 8   (B, N, h, w)               DepthHead -> metres
 
 Necks come before the dot product with the prompts (model.py), heads after it: a head sees N
 channels and knows nothing of the backbone.  Parameter names inside the heads are the official
@@ -163,3 +164,124 @@ def lovasz_softmax(logits: Tensor, target: Tensor) -> Tensor:
         growth = torch.cat([jaccard[:, :1], jaccard.diff(dim=1)], dim=1)
         present = area[:, 0] > 0
     return ((errors * growth).sum(dim=1) * present).sum() / present.sum().clamp(min=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Depth
+
+def conv_bn_relu(conv: nn.Module, channels: int) -> list[nn.Module]:
+    """A (transposed) convolution, BatchNorm, ReLU, to be unpacked into a Sequential."""
+    return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+
+
+class UpLayer(nn.Module):
+    """`doublings` transposed convolutions of width 32, then a 3x3 convolution back to C.
+
+    Official: depth/models_depth/model.py, layer2..layer4.
+    """
+
+    def __init__(self, channels: int, doublings: int, width: int = 32):
+        super().__init__()
+        layers = []
+        for i in range(doublings):
+            deconv = nn.ConvTranspose2d(channels if i == 0 else width, width, 4, stride=2,
+                                        padding=1, bias=False)
+            layers += conv_bn_relu(deconv, width)
+        self.deconv_layers = nn.Sequential(*layers)
+        self.conv_layers = nn.Sequential(
+            *conv_bn_relu(nn.Conv2d(width, channels, 3, padding=1), channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h * 2**doublings, w * 2**doublings)."""
+        return self.conv_layers(self.deconv_layers(x))
+
+
+class FusionNeck(nn.Module):
+    """All four features at the finest one's size, concatenated, projected to the prompts' space.
+
+    Official: depth/models_depth/model.py, layer1..layer4 and out_layer.
+    """
+
+    def __init__(self, channels: tuple[int, ...], c_prompt: int):
+        super().__init__()
+        c0, c1, c2, c3 = channels
+        self.layer1 = nn.Sequential(nn.Conv2d(c0, c0, 3, padding=1), nn.GroupNorm(16, c0),
+                                    nn.ReLU())
+        self.layer2, self.layer3, self.layer4 = UpLayer(c1, 1), UpLayer(c2, 2), UpLayer(c3, 3)
+        self.out_layer = nn.Sequential(nn.Conv2d(sum(channels), c_prompt, 3, padding=1),
+                                       nn.GroupNorm(16, c_prompt), nn.ReLU())
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):            # the transposed ones keep torch's default
+                nn.init.trunc_normal_(module.weight, std=0.02, a=-2, b=2)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """4 x (B, C_i, h_i, w_i) -> [(B, D, h_0, w_0)]."""
+        layers = (self.layer1, self.layer2, self.layer3, self.layer4)
+        maps = [layer(f) for layer, f in zip(layers, features)]
+        return [self.out_layer(torch.cat(maps, dim=1))]
+
+
+class DepthDecoder(nn.Module):
+    """Three doublings of width 32, then a 3x3 convolution to `channels`."""
+
+    def __init__(self, c_in: int, channels: int, width: int = 32):
+        super().__init__()
+        layers = []
+        for i in range(3):
+            deconv = nn.ConvTranspose2d(c_in if i == 0 else width, width, 2, stride=2, bias=False)
+            layers += conv_bn_relu(deconv, width)
+        self.deconv_layers = nn.Sequential(*layers)
+        self.conv_layers = nn.Sequential(
+            *conv_bn_relu(nn.Conv2d(width, channels, 3, padding=1), channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c_in, h, w) -> (B, channels, 8h, 8w)."""
+        return self.conv_layers(self.deconv_layers(x))
+
+
+class DepthHead(nn.Module):
+    """One response map per prompt -> metres in (0, max_depth).
+
+    Official: depth/models_depth/model.py, decoder and last_layer_depth.  `channels` is 192 there.
+    """
+
+    def __init__(self, c_in: int, channels: int, max_depth: float):
+        super().__init__()
+        self.max_depth = max_depth
+        self.decoder = DepthDecoder(c_in, channels)
+        self.last_layer_depth = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(channels, 1, 3, padding=1))
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.normal_(module.weight, std=0.001)  # depth starts at max_depth / 2
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, maps: list[Tensor], size) -> Tensor:
+        """[(B, N, h, w)] -> metres (B, 1, *size)."""
+        coarse = resize(maps[0], (size[0] // 8, size[1] // 8))
+        logits = self.last_layer_depth(self.decoder(coarse)).float()      # (B, 1, 8(H//8), 8(W//8))
+        depth = logits.sigmoid() * self.max_depth
+        return depth if depth.shape[-2:] == tuple(size) else resize(depth, size)
+
+    def loss(self, maps: list[Tensor], target: Tensor) -> dict[str, Tensor]:
+        """[(B, N, h, w)], metres (B, H, W) with 0 = unknown -> the SiLog loss."""
+        return {"silog": silog(self(maps, target.shape[-2:])[:, 0], target)}
+
+
+def silog(depth: Tensor, target: Tensor) -> Tensor:
+    """Scale-invariant log loss of (B, H, W) metres, pixels with target > 0, whole batch pooled.
+
+    sqrt(mean d^2 - 0.5 (mean d)^2), d = ln target - ln depth (official: depth/utils_depth/
+    criterion.py).  DEVIATION: variance clamped before the square root, whose gradient is unbounded
+    at 0, and zero loss where no pixel is valid, the official code gives NaN (decisions 13).
+    """
+    valid = target > 0
+    count = valid.sum().clamp(min=1)
+    ratio = torch.where(valid, target, 1.0).log() - depth.float().clamp(min=1e-6).log()
+    d = torch.where(valid, ratio, 0.0)
+    mean = d.sum() / count
+    variance = d.square().sum() / count - 0.5 * mean.square()
+    return variance.clamp(min=1e-12).sqrt() * valid.any()

@@ -24,18 +24,19 @@ from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntry
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import official
 import unet
 import vae
 import weights
 from errors import InputError
-from heads import PyramidNeck, SegHead
+from heads import DepthHead, FusionNeck, PyramidNeck, SegHead, resize
 
 
 @dataclass(frozen=True)
 class Config:
     """What a model is: saved as config.json beside the weights.  Defaults: ADE20K."""
 
-    task: str = "seg"
+    task: str = "seg"  # "seg" or "depth"
     num_prompts: int = 150  # N; paper Table 6 (seg 150) and 7 (depth 50)
     refine_steps: int = 3  # T; paper 4.3
     shared_prompts: bool = True  # one matrix for all passes (official seg), or one per pass (depth)
@@ -46,7 +47,9 @@ class Config:
     train_encoder: bool = False  # only for a backbone that starts from random weights
     num_classes: int = 150
     class_names: tuple[str, ...] = ()
-    head_channels: int = 512
+    head_channels: int = 512  # official: UPerHead 512, depth decoder 192
+    max_depth: float = 10.0  # depth, metres: 10 on NYU v2, 80 on KITTI
+    resize_scale: int = 0  # depth, s: sides become (side // 64 + s) * 64 (official: 1 NYU, 2 KITTI)
     dropout: float = 0.0  # on channels, before the classifier: 0 on ADE20K, 0.1 on Cityscapes
     unet_channels: tuple[int, ...] = unet.CHANNELS
     num_heads: int = unet.NUM_HEADS
@@ -56,6 +59,8 @@ class Config:
     norm_groups: int = vae.GROUPS  # 32 in Stable Diffusion; a narrow model needs fewer
 
     def __post_init__(self):
+        if self.task not in ("seg", "depth"):
+            raise InputError(f"task {self.task!r} is unknown: seg or depth")
         for field in fields(self):  # JSON has no tuples
             value = getattr(self, field.name)
             if isinstance(value, list):
@@ -76,6 +81,16 @@ class PromptAdapter(nn.Sequential):
 
     def __init__(self, dim: int):
         super().__init__(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+
+
+def enlarge(images: Tensor, scale: int) -> Tensor:
+    """Resize images (B, 3, H, W) to sides of (side // 64 + scale) * 64; scale 0 leaves them alone.
+
+    Official depth model: `scale` is added even to sides that are multiples of 64 (480 -> 512).
+    """
+    if scale == 0:
+        return images
+    return resize(images, [(side // 64 + scale) * 64 for side in images.shape[-2:]])
 
 
 class MetaPromptModel(nn.Module):
@@ -100,9 +115,13 @@ class MetaPromptModel(nn.Module):
             [PromptAdapter(D) for _ in range(rows if config.prompt_adapter else 0)])
         if config.modulated_timestep:
             self.temb = nn.Parameter(torch.randn(T, self.unet.temb_dim))
-        self.neck = PyramidNeck(config.unet_channels, D)
-        self.head = SegHead(N if config.rearrange else D, config.head_channels,
-                            config.num_classes, config.dropout)
+        c_head = N if config.rearrange else D
+        if config.task == "seg":
+            self.neck = PyramidNeck(config.unet_channels, D)
+            self.head = SegHead(c_head, config.head_channels, config.num_classes, config.dropout)
+        else:
+            self.neck = FusionNeck(config.unet_channels, D)
+            self.head = DepthHead(c_head, config.head_channels, config.max_depth)
         self.freeze()
 
     def freeze(self) -> None:
@@ -116,6 +135,7 @@ class MetaPromptModel(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """RGB (B, 3, H, W) in [0, 1] -> latents (B, 4, H/8, W/8): posterior mean, no noise."""
         with torch.set_grad_enabled(self.config.train_encoder and torch.is_grad_enabled()):
+            images = enlarge(images, self.config.resize_scale)
             return self.config.latent_scale * self.vae(2 * images - 1)
 
     def context(self, step: int) -> Tensor:
@@ -131,24 +151,24 @@ class MetaPromptModel(nn.Module):
         return self.unet.embed_timestep(torch.zeros(1, device=self.prompts.device))
 
     def forward(self, images: Tensor, target: Tensor | None = None):
-        """RGB in [0, 1] -> logits at image size; with labels (B, H, W): {name: loss}.
+        """RGB in [0, 1] -> logits or metres at image size; with a target (B, H, W): {name: loss}.
 
-        Any H, W >= 64; B >= 2 in training mode (BatchNorm of a 1x1 map needs two values).
+        Any H, W >= 64; for seg B >= 2 in training mode (BatchNorm of a 1x1 map needs two values).
         """
-        size = images.shape[-2:]                         # images (B, 3, H, W)
-        latents = self.encode(images)                    # (B, 4, H/8, W/8)       3.1    frozen VAE
-        for step in range(self.config.refine_steps):     #                        3.3    T passes
+        size = images.shape[-2:]                            # images (B, 3, H, W)
+        latents = self.encode(images)                       # (B, 4, H/8, W/8)        3.1   frozen
+        for step in range(self.config.refine_steps):        # T passes                3.3
             if step > 0:
-                latents = self.unet.to_latents(features[0])  # (B, 4, H/8, W/8)   3.3    fed back
-            prompts = self.context(step)                 # (1, N, D)              3.2.1  meta prompts
-            temb = self.timestep(step)                   # (1, 4*C0)              3.3    learned
-            features = self.unet(latents, temb, prompts)  # 4 x (B, C_i, h_i, w_i) 3.1
-        maps = self.neck(features)                       # 4 x (B, D, 2h_i, 2w_i)
+                latents = self.unet.to_latents(features[0]) # (B, 4, H/8, W/8)        3.3   fed back
+            prompts = self.context(step)                    # (1, N, D)               3.2.1 learned
+            temb = self.timestep(step)                      # (1, 4*C0)               3.3   learned
+            features = self.unet(latents, temb, prompts)    # 4 x (B, C_i, h_i, w_i)  3.1
+        maps = self.neck(features)                          # M x (B, D, h, w)        M = 4, depth 1
         if self.config.rearrange:
-            maps = [rearrange(m, prompts) for m in maps]  # 4 x (B, N, 2h_i, 2w_i) 3.2.2
+            maps = [rearrange(m, prompts) for m in maps]    # M x (B, N, h, w)        3.2.2
         if target is None:
-            return self.head(maps, size)                 # (B, classes, H, W)
-        return self.head.loss(maps, target)
+            return self.head(maps, size)                    # (B, classes or 1, H, W)
+        return self.head.loss(maps, target)                 # {name: loss}
 
     def loss(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Named losses of a batch; their sum is what training minimises."""
@@ -162,21 +182,16 @@ class MetaPromptModel(nn.Module):
 
         The UNet learns at lr * unet_lr_mult.  Segmentation as the official code EFFECTIVELY does it
         (decisions 8): the norms of the UNet's transformers learn at the full lr without decay,
-        everything else decays.
+        everything else decays.  Depth: 1-D tensors don't decay, prompts and temb do.
         """
         in_unet = {id(p) for p in self.unet.parameters()}
-        exempt = set()
-        for module in self.unet.modules():
-            if isinstance(module, unet.SpatialTransformer):
-                exempt.update(id(p) for p in module.norm.parameters())
-            if isinstance(module, unet.TransformerBlock):
-                for norm in (module.norm1, module.norm2, module.norm3):
-                    exempt.update(id(p) for p in norm.parameters())
+        norms = {id(p) for p in transformer_norms(self.unet)}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for p in self.parameters():
             if p.requires_grad:
-                free = id(p) in exempt
-                scale = unet_lr_mult if id(p) in in_unet and not free else 1.0
+                full_rate = self.config.task == "seg" and id(p) in norms
+                free = full_rate if self.config.task == "seg" else p.ndim == 1
+                scale = unet_lr_mult if id(p) in in_unet and not full_rate else 1.0
                 groups.setdefault((scale, 0.0 if free else weight_decay), []).append(p)
         return [{"params": params, "lr": lr * scale, "lr_scale": scale, "weight_decay": decay}
                 for (scale, decay), params in groups.items()]
@@ -196,6 +211,23 @@ class MetaPromptModel(nn.Module):
                          context_dim=backbone.context_dim, vae_channels=encoder.channels,
                          latent_channels=encoder.latent_channels)
         return cls(config, encoder, backbone)
+
+    @classmethod
+    def from_official(cls, path: str | Path, *, max_depth: float = 10.0,
+                      resize_scale: int = 1) -> "MetaPromptModel":
+        """One of the authors' checkpoints (see official.py), in evaluation mode.
+
+        The last two matter for depth only and are not in the file: 10 and 1 for NYU v2, 80 and 2
+        for KITTI.  Raises InputError if anything is missing, unknown, misshapen or not a tensor.
+        """
+        values, tensors = official.read(path)
+        if values["task"] == "depth":
+            values.update(max_depth=max_depth, resize_scale=resize_scale)
+        with torch.device("meta"):
+            model = cls(Config(**values))
+        weights.load_strict(model, tensors, Path(path))
+        model.freeze()
+        return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder` (made if it does not exist)."""
@@ -219,6 +251,16 @@ class MetaPromptModel(nn.Module):
                             folder / "model.safetensors")
         model.freeze()
         return model.eval()
+
+
+def transformer_norms(backbone: unet.UNet):
+    """Parameters of the norms in the UNet's transformers: 128 tensors."""
+    for module in backbone.modules():
+        if isinstance(module, unet.SpatialTransformer):
+            yield from module.norm.parameters()
+        if isinstance(module, unet.TransformerBlock):
+            for norm in (module.norm1, module.norm2, module.norm3):
+                yield from norm.parameters()
 
 
 def find_model(source: str) -> Path:

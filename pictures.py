@@ -61,13 +61,78 @@ def save_seg_sheet(path: Path, rows: list[tuple], classes: Classes) -> None:
         photo = fit(to_uint8(image), *truth.shape)
         panels = [photo, colour_labels(truth, classes), colour_labels(prediction, classes)]
         strips.append(np.concatenate([enlarge(panel) for panel in panels], axis=1))
+    labels = [np.asarray(x) for row in rows for x in row[1:]]
+    stack(path, strips, ("input", "truth (black: no label)", "prediction"),
+          lambda width: legend(labels, classes, width))
+
+
+def stack(path: Path, strips: list[np.ndarray], titles: tuple[str, ...], footer) -> None:
+    """Write strips under each other, column titles above, `footer(width)` below."""
     width = max(strip.shape[1] for strip in strips)
     header = Image.new("RGB", (width, TEXT_HEIGHT + 4), "white")
-    for i, title in enumerate(("input", "truth (black: no label)", "prediction")):
-        ImageDraw.Draw(header).text((i * width // 3 + 4, 2), title, fill="black")
+    column = strips[0].shape[1] // len(titles)
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(header).text((i * column + 4, 2), title, fill="black")
     strips = [np.pad(s, ((0, 4), (0, width - s.shape[1]), (0, 0)), constant_values=255)
               for s in strips]
-    labels = [np.asarray(x) for row in rows for x in row[1:]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet = np.concatenate([np.asarray(header), *strips, legend(labels, classes, width)])
-    Image.fromarray(sheet).save(path)
+    Image.fromarray(np.concatenate([np.asarray(header), *strips, footer(width)])).save(path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Depth
+
+DEPTH_COLOURS = ((255, 245, 180), (254, 170, 90), (220, 70, 90), (120, 30, 120), (25, 10, 60))
+TICKS = (0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80)  # metres, on the scale bar
+
+
+def colour_depth(depth: np.ndarray, nearest: float, farthest: float) -> np.ndarray:
+    """(H, W) metres -> (H, W, 3) uint8, near light, far dark, logarithmic; unknown (0) is grey."""
+    span = np.log(max(farthest / nearest, 1.001))
+    place = np.log(np.maximum(depth, nearest) / nearest) / span * (len(DEPTH_COLOURS) - 1)
+    anchors = np.arange(len(DEPTH_COLOURS))
+    channels = [np.interp(place, anchors, [c[i] for c in DEPTH_COLOURS]) for i in range(3)]
+    colours = np.stack(channels, axis=-1).astype(np.uint8)
+    colours[depth <= 0] = 128
+    return colours
+
+
+def colour_error(depth: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Relative error: white 0, red 25 % too far, blue 25 % too near; unknown truth is grey."""
+    relative = np.clip((depth - truth) / np.maximum(truth, 1e-3) / 0.25, -1, 1)[..., None]
+    red, blue = np.array([200, 30, 40]), np.array([30, 60, 200])
+    target = np.where(relative > 0, red, blue)
+    colours = (255 + (target - 255) * np.abs(relative)).astype(np.uint8)
+    colours[truth <= 0] = 128
+    return colours
+
+
+def scale_bar(nearest: float, farthest: float, width: int) -> np.ndarray:
+    """A strip that shows which colour is how many metres."""
+    ramp = np.exp(np.linspace(np.log(nearest), np.log(max(farthest, nearest * 1.001)), width))
+    bar = np.repeat(colour_depth(ramp[None], nearest, farthest), TEXT_HEIGHT, axis=0)
+    strip = Image.fromarray(np.concatenate([bar, np.full_like(bar, 255)]))
+    draw = ImageDraw.Draw(strip)
+    for tick in TICKS:
+        if nearest <= tick <= farthest:
+            x = int(np.searchsorted(ramp, tick))
+            draw.line((x, TEXT_HEIGHT - 4, x, TEXT_HEIGHT + 2), fill="black")
+            draw.text((min(x, width - 30), TEXT_HEIGHT), f"{tick:g} m", fill="black")
+    return np.asarray(strip)
+
+
+def save_depth_sheet(path: Path, rows: list[tuple]) -> None:
+    """Write rows of (image (3,H,W) in [0,1], true metres, predicted metres) as one PNG.
+
+    Columns: input | truth | prediction | relative error; one scale of metres for the whole sheet.
+    """
+    known = np.concatenate([np.asarray(truth)[np.asarray(truth) > 0] for _, truth, _ in rows])
+    nearest, farthest = (known.min(), known.max()) if known.size else (1.0, 10.0)
+    strips = []
+    for image, truth, depth in rows:
+        truth, depth = np.asarray(truth), np.asarray(depth)
+        panels = [to_uint8(image), colour_depth(truth, nearest, farthest),
+                  colour_depth(depth, nearest, farthest), colour_error(depth, truth)]
+        strips.append(np.concatenate([enlarge(panel) for panel in panels], axis=1))
+    titles = ("input", "truth (grey: unknown)", "prediction", "error: red 25 % too far, blue near")
+    stack(path, strips, titles, lambda width: scale_bar(float(nearest), float(farthest), width))

@@ -3,6 +3,8 @@
     python train.py --task seg                                       embedded scenes, tiny backbone
     python train.py --task seg --dataset ade20k --data PATH          the paper's recipe on SD1.5
     python train.py --task seg --dataset folder --data PATH          your own images and masks
+    python train.py --task depth                                     the same scenes, metres
+    python train.py --task depth --dataset nyu --data PATH --train-list FILE --val-list FILE
     python train.py --resume runs/seg-ade20k                         go on, exact to the bit
 
 Every field of Recipe is a flag.  Writes RUN/{recipe.json, metrics.jsonl, last/, best/, pictures/}.
@@ -34,6 +36,9 @@ class Recipe:
     task: str = "seg"
     dataset: str = "ade20k"
     data: str | None = None  # folder of the data set
+    train_list: str | None = None  # nyu, kitti: '<rgb> <depth>' lines
+    val_list: str | None = None
+    depth_scale: float = 1000.0  # folder depth: PNG units per metre
     out: str | None = None  # run folder; default runs/TASK-DATASET, numbered if it exists
     seed: int = 0
 
@@ -41,10 +46,14 @@ class Recipe:
     init: str = "auto"  # "random" must be given to train a full-width backbone from nothing
     num_prompts: int = 150  # N; paper Table 6
     refine_steps: int = 3  # T; paper Table 5
+    shared_prompts: bool = True  # official: one matrix for all passes (seg), one per pass (depth)
+    prompt_adapter: bool = False  # official: depth only
     latent_scale: float = 1.0  # official; 0.18215 is Stable Diffusion's
-    head_channels: int = 512  # official: UPerHead
+    head_channels: int = 512  # official: UPerHead 512, depth decoder 192
+    max_depth: float = 10.0  # depth, metres
+    resize_scale: int = 0  # depth: see model.enlarge
     dropout: float = 0.0  # official: 0 on ADE20K
-    unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # to norm_groups: read with backbone "tiny"
+    unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # to norm_groups: for "tiny"
     vae_channels: tuple[int, ...] = (128, 256, 512, 512)
     context_dim: int = 768  # D
     num_heads: int = 8
@@ -53,8 +62,10 @@ class Recipe:
 
     iterations: int = 80_000  # optimiser steps; paper Table 2
     batch: int = 16  # images per optimiser step; paper Table 6 (released configs: 8)
-    micro_batch: int = 2  # images at once; BatchNorm needs >= 2; batch / micro_batch are accumulated
+    micro_batch: int = 2  # images at once; BatchNorm needs >= 2; the rest is accumulated
     lr: float = 8e-5  # paper A.1
+    schedule: str = "poly"  # "poly": linear decay to 0; "two-phase": the official depth schedule
+    min_lr: float = 0.0  # two-phase only
     unet_lr_mult: float = 0.1  # official: configs/ade.py
     weight_decay: float = 1e-3  # paper Table 6
     warmup: int = 1500  # paper Table 6
@@ -80,14 +91,28 @@ TINY = {
     "unet_channels": (32, 64, 96, 128), "vae_channels": (16, 32, 64, 64), "latent_channels": 16,
     "norm_groups": 8,
     "refine_steps": 2, "iterations": 200, "batch": 16, "micro_batch": 16, "lr": 2e-3,
-    "unet_lr_mult": 1.0, "weight_decay": 1e-2, "warmup": 20, "crop": 128, "scale": None, "workers": 0,
+    "unet_lr_mult": 1.0, "weight_decay": 1e-2, "warmup": 20, "crop": 128, "scale": None,
+    "workers": 0,
     "gradient_checkpointing": False, "log_every": 10, "eval_every": 100, "save_every": 100,
 }
 
+TINY_DEPTH = {**TINY, "head_channels": 32, "max_depth": 80.0, "resize_scale": 0, "schedule": "poly"}
+
+DEPTH = Recipe(  # paper Table 7 and A.2; spec B.4
+    task="depth", dataset="nyu", num_prompts=50, shared_prompts=False, prompt_adapter=True,
+    head_channels=192, max_depth=10.0, resize_scale=1, iterations=25 * 1009, batch=24,
+    micro_batch=3, lr=5e-4, schedule="two-phase", min_lr=3e-5, unet_lr_mult=0.01,
+    weight_decay=0.1, warmup=0, crop=480, scale=None, eval_every=1009)
+
 RECIPES = {
-    "shapes": replace(Recipe(dataset="shapes"), **TINY),
-    "folder": Recipe(dataset="folder", scale=None),  # ours: ADE20K's on images at their own size
-    "ade20k": Recipe(),
+    ("seg", "shapes"): replace(Recipe(dataset="shapes"), **TINY),
+    ("seg", "folder"): Recipe(dataset="folder", scale=None),  # ours: ADE20K's, images at own size
+    ("seg", "ade20k"): Recipe(),
+    ("depth", "shapes"): replace(DEPTH, dataset="shapes", **TINY_DEPTH),
+    ("depth", "folder"): replace(DEPTH, dataset="folder", max_depth=80.0),  # ours
+    ("depth", "nyu"): DEPTH,
+    ("depth", "kitti"): replace(DEPTH, dataset="kitti", max_depth=80.0, resize_scale=2, crop=352,
+                                iterations=25 * 965, eval_every=965),
 }
 
 
@@ -120,14 +145,13 @@ def resolve(args: argparse.Namespace) -> Recipe:
              for k, v in vars(args).items() if v is not None and k != "resume"}
     if args.resume:
         if given:
-            raise InputError(f"--resume takes the run's own recipe: leave out --{next(iter(given))}")
+            raise InputError(f"--resume takes the run's recipe: leave out --{next(iter(given))}")
         return replace(read_recipe(Path(args.resume) / "recipe.json"), out=args.resume)
-    dataset = given.get("dataset", "shapes")
-    if dataset not in RECIPES:
-        raise InputError(f"--dataset {dataset} is unknown: choose from {', '.join(RECIPES)}")
-    recipe = RECIPES[dataset]
+    task, dataset = given.get("task", "seg"), given.get("dataset", "shapes")
+    evaluation.find_protocol(task, dataset)
+    recipe = RECIPES[task, dataset]
     if given.get("backbone") == "tiny":
-        recipe = replace(recipe, **TINY)
+        recipe = replace(recipe, **(TINY if task == "seg" else TINY_DEPTH))
     recipe = replace(recipe, **given)
     check(recipe)
     return replace(recipe, out=recipe.out or free_folder(f"runs/{recipe.task}-{recipe.dataset}"))
@@ -135,15 +159,15 @@ def resolve(args: argparse.Namespace) -> Recipe:
 
 def check(recipe: Recipe) -> None:
     """InputError if a recipe cannot work, before anything is loaded."""
-    if recipe.task != "seg":
-        raise InputError(f"--task {recipe.task} is unknown: choose seg")
-    if recipe.micro_batch < 2:
+    if recipe.schedule not in ("poly", "two-phase"):
+        raise InputError(f"--schedule {recipe.schedule}: poly or two-phase")
+    if recipe.task == "seg" and recipe.micro_batch < 2:
         raise InputError(f"--micro-batch {recipe.micro_batch}: segmentation needs 2 or more images "
                          "at once, BatchNorm cannot normalise a single 1x1 map")
     if recipe.batch % recipe.micro_batch:
         raise InputError(f"--batch {recipe.batch} is no multiple of --micro-batch "
                          f"{recipe.micro_batch}")
-    if recipe.crop % 64:
+    if recipe.crop % 64 and recipe.resize_scale == 0:
         raise InputError(f"--crop {recipe.crop} is no multiple of 64, the UNet's coarsest stride")
     if recipe.init not in ("auto", "random"):
         raise InputError(f"--init {recipe.init}: auto or random")
@@ -187,10 +211,15 @@ def read_recipe(path: Path) -> Recipe:
 # Pieces of the loop
 
 def lr_factor(step: int, recipe: Recipe) -> float:
-    """Learning rate at `step` (0-based) over recipe.lr: linear decay to 0, linear warm-up before.
+    """Learning rate at `step` (0-based) over recipe.lr.
 
-    Official: mmcv's poly policy, power 1, min_lr 0, with warm-up on top (spec A.4).
+    poly: linear decay to 0 under a linear warm-up (official: mmcv, power 1, spec A.4).
+    two-phase: from min_lr up for 12/25 of the run, down again for as long, then min_lr; power 0.9
+    (official: depth/train.py, spec B.4).
     """
+    if recipe.schedule == "two-phase":
+        x, low = (step + 1) / (recipe.iterations / 25 * 12), recipe.min_lr / recipe.lr
+        return (1 - low) * x ** 0.9 + low if x < 1 else max(low, 1 - (1 - low) * (x - 1) ** 0.9)
     factor = 1 - step / recipe.iterations
     if step < recipe.warmup:
         factor *= 1 - (1 - step / recipe.warmup) * (1 - recipe.warmup_ratio)
@@ -202,8 +231,10 @@ def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> MetaPromptModel
     tiny = recipe.backbone == "tiny"
     config = Config(
         task=recipe.task, num_prompts=recipe.num_prompts, refine_steps=recipe.refine_steps,
+        shared_prompts=recipe.shared_prompts, prompt_adapter=recipe.prompt_adapter,
         latent_scale=recipe.latent_scale, num_classes=len(class_names), class_names=class_names,
-        head_channels=recipe.head_channels, dropout=recipe.dropout,
+        head_channels=recipe.head_channels, max_depth=recipe.max_depth,
+        resize_scale=recipe.resize_scale, dropout=recipe.dropout,
         train_encoder=tiny or recipe.init == "random", unet_channels=recipe.unet_channels,
         vae_channels=recipe.vae_channels, context_dim=recipe.context_dim,
         num_heads=recipe.num_heads, latent_channels=recipe.latent_channels,
@@ -281,13 +312,11 @@ def train(recipe: Recipe, resume: bool) -> dict:
     run = Path(recipe.out)
     device = evaluation.pick_device(recipe.device)
     dtype = evaluation.pick_precision(recipe.precision, device)
-    protocol = evaluation.PROTOCOLS[recipe.dataset]
+    protocol = evaluation.find_protocol(recipe.task, recipe.dataset)
+    main_metric, sign = evaluation.MAIN_METRIC[recipe.task]
 
     # Data, checked before anything slow.
-    train_set = data.open_dataset(recipe.dataset, recipe.data, "train", size=recipe.crop,
-                                  scale=recipe.scale, length=recipe.train_scenes, seed=recipe.seed)
-    val_set = data.open_dataset(recipe.dataset, recipe.data, "val", size=recipe.crop,
-                                scale=protocol.scale, length=recipe.val_scenes)
+    train_set, val_set = (evaluation.open_set(asdict(recipe), split) for split in ("train", "val"))
     print(f"training   {train_set.check()}\nvalidation {val_set.check()}")
 
     # Model and optimiser: new, or where the run left off.
@@ -299,8 +328,9 @@ def train(recipe: Recipe, resume: bool) -> dict:
         checkpoint.load_optimizer(folder, model, optimizer)
         print(f"resuming   {folder} at step {state['step']}")
     else:
-        state = {"step": 0, "best": -1.0}
-        model = build_model(recipe, train_set.classes.names).to(device)
+        state = {"step": 0, "best": None}
+        names = train_set.classes.names if recipe.task == "seg" else ()
+        model = build_model(recipe, names).to(device)
         optimizer = build_optimizer(model, recipe)
     model.unet.gradient_checkpointing = recipe.gradient_checkpointing
     loss_of = torch.compile(model.loss) if recipe.compile else model.loss
@@ -331,14 +361,13 @@ def train(recipe: Recipe, resume: bool) -> dict:
             batches.waited = 0.0
         # Evaluate, draw, keep the best.
         if done % recipe.eval_every == 0 or done == recipe.iterations:
-            metrics = evaluation.evaluate_seg(
+            metrics = evaluation.evaluate(
                 model, val_set, protocol, dtype, workers=recipe.workers,
                 sheet=run / "pictures" / f"step_{done:06d}.png")
-            log.write({"step": done, **{k: metrics[k] for k in ("mIoU", "mAcc", "aAcc")}})
-            bar.write(f"step {done}: mIoU {metrics['mIoU']:.4f}  mAcc {metrics['mAcc']:.4f}  "
-                      f"aAcc {metrics['aAcc']:.4f}  loss {losses['loss']:.3f}")
-            if metrics["mIoU"] > state["best"]:
-                state["best"] = metrics["mIoU"]
+            log.write({"step": done, **{k: v for k, v in metrics.items() if isinstance(v, float)}})
+            bar.write(f"step {done}: {evaluation.summary(metrics)}  loss {losses['loss']:.3f}")
+            if state["best"] is None or sign * (metrics[main_metric] - state["best"]) > 0:
+                state["best"] = metrics[main_metric]
                 checkpoint.save_best(run, model)
             mark = time.perf_counter()
         # Save, after the evaluation: a resumed run does not repeat it.
@@ -346,7 +375,7 @@ def train(recipe: Recipe, resume: bool) -> dict:
             state["step"] = done
             checkpoint.save_last(run, model, optimizer, state)
     bar.close()
-    return {"best": state["best"], "run": str(run)}
+    return {"best": state["best"], "metric": main_metric, "run": str(run)}
 
 
 class Timed:
@@ -382,8 +411,8 @@ def main() -> None:
     start = time.perf_counter()
     result = train(recipe, resume=bool(args.resume))
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
-    print(f"best mIoU {result['best']:.4f} after {recipe.iterations} steps in {minutes}:{seconds:02d}"
-          f"\nwrote {result['run']}/ (best/, last/, metrics.jsonl, pictures/)")
+    print(f"best {result['metric']} {result['best']:.4f} after {recipe.iterations} steps "
+          f"in {minutes}:{seconds:02d}\nwrote {result['run']}/ (best/, last/, metrics.jsonl, pictures/)")
 
 
 if __name__ == "__main__":

@@ -87,13 +87,13 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(c_context, channels, bias=False)
         self.to_v = nn.Linear(c_context, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list: HF's name is to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list: HF says to_out.0
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """(B, L, C), (B or 1, N, c_context) -> (B, L, C)."""
         B, L, C = x.shape
-        G, N, _ = context.shape                          # G = 1: all images read the same context,
-        q = self.to_q(x).view(G, B * L // G, self.num_heads, -1)  # so their queries form one long row
+        G, N, _ = context.shape  # G = 1: all images read the same, so their queries form one row
+        q = self.to_q(x).view(G, B * L // G, self.num_heads, -1)
         k = self.to_k(context).view(G, N, self.num_heads, -1)
         v = self.to_v(context).view(G, N, self.num_heads, -1)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (G, heads, *, C/heads)
@@ -153,7 +153,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, c_context: int, num_heads: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, 1e-5 in the residual blocks
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-5 in the residual blocks
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, c_context, num_heads)])
         self.proj_out = nn.Conv2d(channels, channels, 1)

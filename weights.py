@@ -154,7 +154,7 @@ def download(repo_id: str, part: str) -> tuple[Path, Path]:
         except EntryNotFoundError:
             weights = hf_hub_download(repo_id, f"{part}/{WEIGHT_FILES[1]}")
     except HFValidationError:
-        raise InputError(f"{repo_id} is neither a local path nor an OWNER/NAME on the hub") from None
+        raise InputError(f"{repo_id} is neither a local path nor OWNER/NAME on the hub") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
@@ -174,9 +174,9 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
             names = [name for name in file.keys() if name.startswith(prefix)]
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is no complete safetensors file ({error}): get it again") from None
+        raise InputError(f"{path} is no complete safetensors file ({error}): reload it") from None
     if not tensors:
-        raise InputError(f"{path} holds no tensor named {prefix}*: is it a Stable Diffusion 1.x file?")
+        raise InputError(f"{path} holds no tensor named {prefix}*: is it a Stable Diffusion file?")
     return tensors
 
 

@@ -320,3 +320,57 @@ def test_wrong_input_is_refused(call):
     """Wrong dtypes, shapes, sizes and offsets raise ValueError instead of a silent black image."""
     with pytest.raises(ValueError, match="need|sides"):
         call(random_image(4, 4))
+
+
+# ------------------------------------------------------------------------------------------------
+# Depth
+
+DEPTH_GOLDEN = json.loads((Path(__file__).parent / "golden" / "depth.json").read_text())
+RAMP = np.arange(0, 256, 5, dtype=np.uint8)
+
+
+def test_brightness_contrast_meets_the_golden_ramp():
+    """albumentations' look-up table: i * alpha + 255 * beta, clipped, truncated."""
+    golden = DEPTH_GOLDEN["albu_brightness_contrast"]
+    out = augment.brightness_contrast(RAMP, golden["alpha"], golden["beta"])
+    assert out.tolist() == golden["out"]
+
+
+@pytest.mark.parametrize("exponent", ["0.83", "1.0", "1.17"])
+def test_gamma_meets_the_golden_ramp(exponent):
+    """albumentations' look-up table: 255 * (i / 255) ** g, truncated."""
+    assert augment.gamma(RAMP, float(exponent)).tolist() == DEPTH_GOLDEN["albu_gamma"][exponent]
+
+
+def test_hsv_shift_meets_the_golden_colours():
+    """Hue, saturation and value shifted on cv2's uint8 HSV, within the spec's tolerance of 1."""
+    golden = DEPTH_GOLDEN["albu_hsv_shift"]
+    image = np.array(golden["rgb"], np.uint8)[None]
+    out = augment.shift_hsv(image, golden["hue"], golden["sat"], golden["val"])[0].astype(int)
+    assert np.abs(out - np.array(golden["out"])).max() <= 1
+
+
+def test_depth_chain_moves_image_and_depth_alike():
+    """Flip and crop hit both: where CutDepth did not, a horizontal ramp stays aligned."""
+    columns = np.arange(200, dtype=np.float32)
+    depth = np.repeat(columns[None], 100, axis=0) + 1
+    image = np.repeat(depth.astype(np.uint8)[..., None], 3, axis=2)
+    mirrored, corners = set(), set()
+    for seed in range(200):
+        out, moved = augment.depth_augmentation(image, depth, (64, 96), np.random.default_rng(seed))
+        assert out.shape == (64, 96, 3) and moved.shape == (64, 96)
+        steps = np.sign(np.diff(out[0].astype(int).sum(axis=1)))
+        direction = np.sign(np.diff(moved[0]))[0]
+        assert (steps * direction >= 0).mean() > 0.9
+        mirrored.add(direction)
+        corners.add(moved.min())
+    assert mirrored == {-1, 1}
+    assert min(corners) == 1 and max(corners) == 200 - 96 + 1              # both ends are reached
+
+
+def test_cut_depth_hits_a_quarter():
+    """CutDepth is applied to a quarter of the samples, and its width is at most 3/4 of the rest."""
+    image, depth = np.zeros((4, 96, 3), np.uint8), np.full((4, 96), 200.0, np.float32)
+    rngs = [np.random.default_rng(seed) for seed in range(400)]
+    hits = [augment.depth_augmentation(image, depth, (4, 96), rng)[0].max() > 99 for rng in rngs]
+    assert 0.18 < np.mean(hits) < 0.32

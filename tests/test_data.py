@@ -16,7 +16,7 @@ from PIL import Image
 import augment
 import data
 import shapes
-from data import SegFiles, ShapesSeg, Stream
+from data import SegFiles, Shapes, Stream
 from errors import InputError
 
 
@@ -131,7 +131,7 @@ def test_spread_palette(n):
 
 def test_embedded_classes_have_colours():
     """The embedded set has one colour per class."""
-    classes = ShapesSeg(1, training=True, size=64).classes
+    classes = Shapes(1, training=True, size=64).classes
     assert classes.names == shapes.CLASSES
     assert len(set(classes.palette)) == len(classes.names)
 
@@ -430,7 +430,7 @@ def test_stream_resumes(length, batch):
 @pytest.mark.parametrize("batch", [1, 2, 4, 50])
 def test_eval_loader_covers_once(batch):
     """Every scene once, in order, the last batch as large as what is left."""
-    dataset = ShapesSeg(5, training=False, size=32)
+    dataset = Shapes(5, training=False, size=32)
     batches = list(data.eval_loader(dataset, batch, workers=0))
     names = [name for b in batches for name in b["name"]]
     assert names == [dataset[0, index]["name"] for index in range(5)]
@@ -442,22 +442,24 @@ def test_eval_loader_covers_once(batch):
 
 def test_shapes_sample():
     """A sample is the scene of its seed: RGB in [0, 1], labels untouched."""
-    dataset = data.open_dataset("shapes", None, "train", size=64, scale=None, length=7, seed=2)
+    dataset = Shapes(7, training=True, size=64, seed=2)
     sample, scene = dataset[3, 4], shapes.render(dataset.scene_seed((3, 4)), 64, 64)
     image = torch.from_numpy(scene.image).permute(2, 0, 1) / 255
     torch.testing.assert_close(sample["image"], image)
     assert torch.equal(sample["target"], torch.from_numpy(scene.label).long())
+    metres = Shapes(7, task="depth", training=True, size=64, seed=2)[3, 4]["target"]
+    assert torch.equal(metres, torch.from_numpy(scene.depth))
     assert len(dataset) == 7
 
 
 def test_shapes_validation_is_never_trained_on():
     """No run's training scenes meet the validation scenes or another run's; none comes twice."""
-    val, other = (ShapesSeg(300, training=False, size=64, seed=seed) for seed in (5, 0))
+    val, other = (Shapes(300, training=False, size=64, seed=seed) for seed in (5, 0))
     held_out = [val.scene_seed((0, index)) for index in range(len(val))]
     assert held_out == [other.scene_seed((9, index)) for index in range(300)]
     seen = [*held_out]
     for seed in (0, 1, 2, 3, 1000, 2 ** 20):
-        train = ShapesSeg(20_000, training=True, size=64, seed=seed)
+        train = Shapes(20_000, training=True, size=64, seed=seed)
         seen += [train.scene_seed((epoch, index)) for epoch in (0, 1, 2, 10 ** 6)
                  for index in (*range(300), *range(19_700, 20_000))]
     twice = len(seen) - len(set(seen))
@@ -468,7 +470,7 @@ def test_shapes_validation_is_never_trained_on():
 def test_shapes_seed_changes_the_pictures():
     """Runs of two seeds, and two epochs of one run, see other pictures; a rerun the same."""
     def first(seed, epoch):
-        return ShapesSeg(4, training=True, size=32, seed=seed)[epoch, 0]["image"].numpy().tobytes()
+        return Shapes(4, training=True, size=32, seed=seed)[epoch, 0]["image"].numpy().tobytes()
 
     assert len({first(0, 0), first(1, 0), first(0, 1)}) == 3
     assert first(1, 0) == first(1, 0)

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 import data
+import errors
 import eval as evaluation
 from errors import InputError
 from eval import PROTOCOLS, Protocol
@@ -77,7 +78,7 @@ def test_golden_windows(case):
 
 def test_official_protocol():
     """ADE20K: short side 512, windows of 512 every 341 pixels, one image at a time."""
-    protocol = PROTOCOLS["ade20k"]
+    protocol = PROTOCOLS["seg", "ade20k"]
     assert (protocol.scale, protocol.window, protocol.stride) == ((2048, 512), 512, 341)
     assert protocol.batch == 1
 
@@ -408,7 +409,7 @@ def test_command(run, monkeypatch, capsys):
 
 def test_command_refuses(run, monkeypatch, tmp_path):
     """An unknown data set, or one with another number of classes, is an InputError."""
-    with pytest.raises(InputError, match="--dataset coco is unknown: choose from shapes, folder"):
+    with pytest.raises(InputError, match="--dataset coco is unknown for seg: choose from shapes"):
         command(monkeypatch, "--checkpoint", run, "--dataset", "coco")
     (tmp_path / "classes.txt").write_text("a\nb\n")
     for kind in ("images", "labels"):
@@ -416,3 +417,72 @@ def test_command_refuses(run, monkeypatch, tmp_path):
         Image.new("L", (64, 64)).save(tmp_path / kind / "val" / "x.png")
     with pytest.raises(InputError, match="predicts 7 classes, the data set folder has 2"):
         command(monkeypatch, "--checkpoint", run, "--dataset", "folder", "--data", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Depth
+
+def test_shifted_windows_meet_the_golden_starts():
+    """NYU 0 and 160; KITTI every 57 columns, the last window moved to the edge (ours)."""
+    golden = json.loads((Path(__file__).parent / "golden" / "depth.json").read_text())
+    nyu, kitti = golden["shift_windows"]["nyu"], golden["shift_windows"]["kitti"]
+    assert evaluation.shifted_windows(640, 480, 2) == nyu["starts"]
+    assert evaluation.shifted_windows(1216, 352, 16) == kitti["starts"][:-1] + [1216 - 352]
+    assert evaluation.shifted_windows(480, 480, 2) == [0]
+
+
+class Brightness(torch.nn.Module):
+    """A pointwise depth model: metres from the red channel."""
+
+    def forward(self, images):
+        """(B, 3, H, W) -> (B, 1, H, W)."""
+        return images[:, :1] * 9 + 0.5
+
+
+class Columns(torch.nn.Module):
+    """Predicts each pixel's column, counted from the left edge of what it is shown."""
+
+    def forward(self, images):
+        """(B, 3, H, W) -> (B, 1, H, W)."""
+        B, _, H, W = images.shape
+        return torch.arange(W, dtype=torch.float32).expand(B, 1, H, W)
+
+
+@pytest.mark.parametrize("count,flip", [(1, False), (1, True), (2, True), (5, False), (16, True)])
+def test_windows_of_a_pointwise_depth_model_change_nothing(count, flip):
+    """Windows and mirror images of a pointwise model average to its prediction on the whole."""
+    images = torch.rand(2, 3, 8, 37)
+    protocol = evaluation.DepthProtocol(count, flip, None, 10.0, 0, 1000.0)
+    depth = evaluation.predict_depth(Brightness(), images, protocol, torch.float32)
+    assert torch.allclose(depth, Brightness()(images)[:, 0], atol=1e-6)
+
+
+def test_mirror_images_are_turned_back():
+    """With flip, a model that sees columns 0..W-1 averages to their middle everywhere."""
+    protocol = evaluation.DepthProtocol(1, True, None, 10.0, 0, 1000.0)
+    depth = evaluation.predict_depth(Columns(), torch.rand(1, 3, 4, 11), protocol, torch.float32)
+    assert torch.equal(depth, torch.full((1, 4, 11), 5.0))
+
+
+def test_portrait_images_are_predicted_whole():
+    """An image that is taller than wide is one window, not an error."""
+    protocol = evaluation.DepthProtocol(2, True, None, 10.0, 0, 1000.0)
+    images = torch.rand(1, 3, 20, 12)
+    depth = evaluation.predict_depth(Brightness(), images, protocol, torch.float32)
+    assert torch.allclose(depth, Brightness()(images)[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--official", "x.pth"], "needs --task and --dataset"),
+    (["--official", "x.pth", "--task", "depth", "--dataset", "nyu"], "x.pth does not exist"),
+    (["--official", "x.pth", "--task", "flow", "--dataset", "nyu"], "flow is unknown"),
+    (["--official", "x.pth", "--task", "depth", "--dataset", "ade20k"], "unknown for depth"),
+    (["--checkpoint", "nowhere"], "neither it nor its best/")])
+def test_bad_commands_are_refused_in_one_line(monkeypatch, capsys, tmp_path, flags, message):
+    """Exit code 2 and one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["eval.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        errors.run_command(evaluation.main)
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and stderr.count("\n") == 1 and message in stderr

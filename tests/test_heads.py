@@ -358,3 +358,68 @@ def test_losses_train_every_parameter():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().sum() > 0, name
     assert all(level.grad.abs().sum() > 0 for level in levels)
+
+
+# ------------------------------------------------------------------------------------------------
+# Depth
+
+def test_silog_is_the_spec_formula():
+    """sqrt(mean d^2 - 0.5 (mean d)^2) over the valid pixels of the whole batch."""
+    torch.manual_seed(0)
+    depth, target = torch.rand(2, 5, 6) * 9 + 0.5, torch.rand(2, 5, 6) * 9 + 0.5
+    target[0, 0] = 0
+    d = (target[target > 0].double().log() - depth[target > 0].double().log())
+    expected = (d.square().mean() - 0.5 * d.mean().square()).sqrt()
+    assert heads.silog(depth, target).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_silog_meets_the_golden_value():
+    """The authors' loss on 64 pixels: 0.15217126."""
+    i = torch.arange(64, dtype=torch.float64)
+    target = (3 + 2 * torch.sin(0.7 * i)).float()
+    depth = torch.maximum(torch.tensor(0.3), target + (0.4 * torch.cos(1.9 * i)).float())
+    assert heads.silog(depth[None, None], target[None, None]).item() == pytest.approx(
+        0.1521712690591812, rel=1e-5)
+
+
+def test_silog_without_valid_pixels_is_zero_and_attached():
+    """No valid pixel: loss 0 with a finite (zero) gradient; perfect depth: finite gradient too."""
+    for target in (torch.zeros(1, 3, 3), torch.full((1, 3, 3), 2.0)):
+        depth = torch.full((1, 3, 3), 2.0, requires_grad=True)
+        loss = heads.silog(depth, target)
+        loss.backward()
+        assert loss.item() < 1e-5 and torch.isfinite(depth.grad).all()
+
+
+def test_silog_ignores_unknown_pixels():
+    """Pixels without truth get no gradient."""
+    target = torch.rand(1, 4, 4) + 1
+    target[0, 1, 2] = 0
+    depth = (torch.rand(1, 4, 4) + 1).requires_grad_()
+    heads.silog(depth, target).backward()
+    assert depth.grad[0, 1, 2] == 0 and (depth.grad != 0).sum() == 15
+
+
+def test_fusion_neck_meets_at_the_finest_level():
+    """Four levels become one map of D channels at the size of the finest feature."""
+    neck = heads.FusionNeck((32, 32, 64, 64), 48).eval()
+    features = [torch.randn(1, c, 16 // s, 24 // s) for c, s in zip((32, 32, 64, 64), (1, 2, 4, 8))]
+    with torch.no_grad():
+        maps = neck(features)
+    assert len(maps) == 1 and maps[0].shape == (1, 48, 16, 24)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (70, 101)])
+def test_depth_lies_between_zero_and_the_maximum(size):
+    """Metres at image size, strictly inside (0, max_depth), half of it at the start."""
+    torch.manual_seed(0)
+    head = heads.DepthHead(5, 16, max_depth=10.0)
+    maps = [torch.randn(2, 5, 12, 12)]
+    depth = head(maps, size)
+    assert depth.shape == (2, 1, *size)
+    assert (depth - 5).abs().max() < 0.1
+    with torch.no_grad():
+        for p in head.last_layer_depth.parameters():
+            p.normal_(std=5)
+        depth = head(maps, size)
+    assert depth.min() >= 0 and depth.max() <= 10 and depth.std() > 0.1

@@ -4,6 +4,7 @@
 """
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def make_folder(root, sizes=((80, 70),) * 4):
 
 def test_learning_rate_meets_the_golden_values():
     """Linear decay over 80,000 steps under a 1,500-step warm-up, as mmcv computes it."""
-    paper = train.RECIPES["ade20k"]
+    paper = train.RECIPES["seg", "ade20k"]
     golden = {0: 8.000000000230046e-11, 1: 5.34126123340009e-08, 750: 3.9625039625000005e-05,
               1499: 7.844866605233402e-05, 1500: 7.85e-05, 1501: 7.849900000000001e-05,
               40000: 4e-05, 79999: 9.999999999976695e-10}
@@ -63,9 +64,21 @@ def test_learning_rate_meets_the_golden_values():
         assert paper.lr * train.lr_factor(step, paper) == pytest.approx(lr, rel=1e-9), step
 
 
+@pytest.mark.parametrize("dataset,per_epoch", [("nyu", 1009), ("kitti", 965)])
+def test_depth_learning_rate_meets_the_golden_values(dataset, per_epoch):
+    """Up to the end of epoch 12, down to epoch 24, then the minimum; power 0.9."""
+    golden = json.loads((Path(__file__).parent / "golden" / "depth.json").read_text())["depth_lr"]
+    recipe = train.RECIPES["depth", dataset]
+    assert recipe.iterations == 25 * per_epoch
+    if dataset == "nyu":
+        for step, lr in golden["values"].items():
+            found = recipe.lr * train.lr_factor(int(step) - 1, recipe)
+            assert found == pytest.approx(lr, rel=1e-9), step
+
+
 def test_the_ade20k_recipe_is_the_papers():
     """Table 6 and the released configuration, field by field."""
-    paper = train.RECIPES["ade20k"]
+    paper = train.RECIPES["seg", "ade20k"]
     assert (paper.lr, paper.weight_decay, paper.batch, paper.warmup) == (8e-5, 1e-3, 16, 1500)
     assert (paper.num_prompts, paper.refine_steps, paper.iterations) == (150, 3, 80_000)
     assert (paper.crop, paper.scale, paper.unet_lr_mult) == (512, (2048, 512), 0.1)
@@ -74,7 +87,7 @@ def test_the_ade20k_recipe_is_the_papers():
 
 def test_every_field_is_a_flag(tmp_path):
     """Each field of Recipe can be set on the command line and arrives with its type."""
-    changed = replace(train.RECIPES["shapes"], seed=3, lr=0.5, compile=True, dropout=0.1,
+    changed = replace(train.RECIPES["seg", "shapes"], seed=3, lr=0.5, compile=True, dropout=0.1,
                       scale=(64, 32), out=str(tmp_path / "x"), crop=64, num_prompts=7)
     flags = []
     for name, value in asdict(changed).items():

@@ -99,7 +99,7 @@ def test_offline_hub_says_which_files_to_copy(monkeypatch):
     def refuse(repo_id, filename):
         raise OSError("no network")
     monkeypatch.setattr(weights, "hf_hub_download", refuse)
-    with pytest.raises(InputError, match=r"copy unet/config\.json and unet/diffusion_pytorch_model"):
+    with pytest.raises(InputError, match=r"copy unet/config\.json and unet/diffusion_py"):
         weights.find_files("owner/name", "unet")
 
 
