@@ -90,10 +90,10 @@ TINY = {
     "backbone": "tiny", "num_prompts": 32, "head_channels": 64, "context_dim": 64, "num_heads": 1,
     "unet_channels": (32, 64, 96, 128), "vae_channels": (16, 32, 64, 64), "latent_channels": 16,
     "norm_groups": 8,
-    "refine_steps": 2, "iterations": 200, "batch": 16, "micro_batch": 16, "lr": 2e-3,
+    "refine_steps": 2, "iterations": 260, "batch": 8, "micro_batch": 8, "lr": 1e-3,
     "unet_lr_mult": 1.0, "weight_decay": 1e-2, "warmup": 20, "crop": 128, "scale": None,
     "workers": 0,
-    "gradient_checkpointing": False, "log_every": 10, "eval_every": 100, "save_every": 100,
+    "gradient_checkpointing": False, "log_every": 10, "eval_every": 130, "save_every": 130,
 }
 
 TINY_DEPTH = {**TINY, "head_channels": 32, "max_depth": 80.0, "resize_scale": 0, "schedule": "poly"}

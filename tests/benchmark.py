@@ -143,6 +143,8 @@ def compute(args, device) -> list[dict]:
     """The table's rows for every case and precision."""
     rows = []
     for name, ours, peer, inputs, backward in cases(args, device):
+        if args.case not in (None, name):
+            continue
         for dtype in (torch.float32, torch.bfloat16):
             ours.to(device, dtype), peer.to(device, dtype)
             cast = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
@@ -193,6 +195,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="side of the latents")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--case", help="only this one, such as 'UNet forward'")
     parser.add_argument("--loading", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -1,0 +1,51 @@
+"""The README keeps its promises: two commands, every deviation listed, flags that exist.
+
+    pytest tests/test_readme.py
+"""
+import re
+from pathlib import Path
+
+import eval as evaluation
+import train
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_there_are_two_set_up_commands_of_one_line_each():
+    """One line runs the main job, one line runs the tests."""
+    for marker, command in (("run", "python train.py --task seg"), ("test", "python -m pytest")):
+        block = re.search(rf"<!-- {marker} command -->\n```\n(.*?)```", README, re.S)[1]
+        assert block.count("\n") == 1 and block.strip().endswith(command)
+    assert len(re.findall(r"<!-- \w+ command -->", README)) == 2
+
+
+def test_every_deviation_in_the_code_is_listed():
+    """What is marked DEVIATION in a source file has its row in the table of differences."""
+    table = README.split("## Differences")[1].split("\n## ")[0]
+    rows = {"augment.py": "CutDepth", "data.py": "end of an epoch", "eval.py": "16 windows",
+            "heads.py": "Lovasz"}
+    marked = {path.name for path in ROOT.glob("*.py") if "DEVIATION" in path.read_text()}
+    assert marked == rows.keys()
+    assert all(text in table for text in (*rows.values(), "SiLog"))
+
+
+def test_every_train_command_of_the_readme_parses():
+    """The flags of each `python train.py` line exist and give a recipe that passes its checks."""
+    lines = re.findall(r"^(?:.*&& )?python train\.py (.*)$", README, re.M)
+    assert len(lines) >= 5
+    for line in lines:
+        arguments = line.split()
+        if "--resume" not in arguments:
+            train.resolve(train.parse(arguments))
+
+
+def test_every_eval_command_of_the_readme_parses(monkeypatch):
+    """The flags of each `python eval.py` command exist."""
+    commands = re.findall(r"python eval\.py ([^`\n|]*)", README)
+    assert len(commands) >= 4
+    for command in commands:
+        monkeypatch.setattr("sys.argv", ["eval.py", *command.split()])
+        args = evaluation.parse()
+        if args.official:
+            evaluation.find_protocol(args.task, args.dataset)
