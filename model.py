@@ -180,18 +180,18 @@ class MetaPromptModel(nn.Module):
     def param_groups(self, lr: float, unet_lr_mult: float, weight_decay: float) -> list[dict]:
         """AdamW groups that cover every trained parameter exactly once, by module identity.
 
-        The UNet learns at lr * unet_lr_mult.  Segmentation as the official code EFFECTIVELY does it
+        The UNet, and the encoder where it is trained, learn at lr * unet_lr_mult.  Segmentation as the official code EFFECTIVELY does it
         (decisions 8): the norms of the UNet's transformers learn at the full lr without decay,
         everything else decays.  Depth: 1-D tensors don't decay, prompts and temb do.
         """
-        in_unet = {id(p) for p in self.unet.parameters()}
+        backbone = {id(p) for p in (*self.unet.parameters(), *self.vae.parameters())}
         norms = {id(p) for p in transformer_norms(self.unet)}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for p in self.parameters():
             if p.requires_grad:
                 full_rate = self.config.task == "seg" and id(p) in norms
                 free = full_rate if self.config.task == "seg" else p.ndim == 1
-                scale = unet_lr_mult if id(p) in in_unet and not full_rate else 1.0
+                scale = unet_lr_mult if id(p) in backbone and not full_rate else 1.0
                 groups.setdefault((scale, 0.0 if free else weight_decay), []).append(p)
         return [{"params": params, "lr": lr * scale, "lr_scale": scale, "weight_decay": decay}
                 for (scale, decay), params in groups.items()]

@@ -96,7 +96,8 @@ TINY = {
     "gradient_checkpointing": False, "log_every": 10, "eval_every": 130, "save_every": 130,
 }
 
-TINY_DEPTH = {**TINY, "head_channels": 32, "max_depth": 80.0, "resize_scale": 0, "schedule": "poly"}
+TINY_DEPTH = {**TINY, "head_channels": 32, "max_depth": 80.0, "resize_scale": 0, "schedule": "poly",
+              "lr": 3e-3, "unet_lr_mult": 0.3, "iterations": 180, "eval_every": 90}
 
 DEPTH = Recipe(  # paper Table 7 and A.2; spec B.4
     task="depth", dataset="nyu", num_prompts=50, shared_prompts=False, prompt_adapter=True,

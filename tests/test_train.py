@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import errors
@@ -277,3 +277,30 @@ def test_resume_takes_no_other_flags(tmp_path, monkeypatch, capsys):
     """The recipe of a run is its own: a flag beside --resume is refused."""
     code, stderr = run(train.main, monkeypatch, capsys, "--resume", tmp_path, "--lr", "1")
     assert code == 2 and "--lr" in stderr
+
+
+@pytest.mark.parametrize("kind", ["missing", "extra", "shape", "truncated"])
+def test_broken_weights_are_refused_in_one_line(tmp_path, monkeypatch, capsys, kind):
+    """Exit code 2 and one line that names file and tensor, from eval.py and from --backbone."""
+    model = train.build_model(recipe(tmp_path / "r"), ("a", "b"))
+    model.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(path)
+    if kind == "missing":
+        del tensors["prompts"]
+    elif kind == "extra":
+        tensors["foo"] = torch.zeros(1)
+    elif kind == "shape":
+        tensors["prompts"] = torch.zeros(1, 2, 3)
+    save_file({k: v.clone() for k, v in tensors.items()}, path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:9999])
+    named = {"missing": "lacks prompts", "extra": "foo", "shape": "prompts has shape (1, 2, 3)",
+             "truncated": "no complete safetensors"}[kind]
+    capsys.readouterr()
+    code, stderr = run(evaluation.main, monkeypatch, capsys, "--checkpoint", tmp_path / "m")
+    assert code == 2 and stderr.count("\n") == 1 and named in stderr, stderr
+    assert "model.safetensors" in stderr
+    code, stderr = run(train.main, monkeypatch, capsys, "--backbone", path, "--out",
+                       tmp_path / "r", "--workers", "0")
+    assert code == 2 and stderr.count("\n") == 1 and "model.safetensors" in stderr, stderr
