@@ -70,7 +70,7 @@ def test_features_have_the_papers_sizes(pair):
 
 
 def test_gradients_equal_diffusers(pair):
-    """The gradient of every parameter and input equals diffusers' (< 1e-5 of the largest)."""
+    """The gradient of every parameter and input equals diffusers' (< 1e-4 of its largest value)."""
     oracle, ours = pair
     latents, t, context = inputs((8, 16), N=5)
     sets = []
@@ -87,11 +87,11 @@ def test_gradients_equal_diffusers(pair):
         loss.backward()
         sets.append({"x": x.grad, "c": c.grad,
                      **{n: p.grad.clone() for n, p in module.named_parameters()}})
+    # Some are zero but for rounding: whatever a norm with one channel per group takes out again.
+    typical = torch.stack([g.abs().max() for g in sets[0].values()]).median()
     for name, expected in sets[0].items():
-        # Some are zero but for rounding (a bias before a norm): compare to the layer.
-        scale = max(expected.abs().max(), 1e-2 * sets[0][
-            name.replace("bias", "weight")].abs().max())
-        assert ((sets[1][name] - expected).abs().max() / scale) < 1e-4, name
+        scale = max(expected.abs().max(), 0.1 * typical)
+        assert (sets[1][name] - expected).abs().max() / scale < 1e-4, name
 
 
 def composed(oracle, latents, temb, context):
