@@ -30,15 +30,19 @@ from vae import CHANNELS as VAE_CHANNELS  # noqa: E402
 from vae import VAEEncoder  # noqa: E402
 
 N_PROMPTS = 150
-LOADERS = {  # run in a process of their own, so that peak memory is theirs alone
+LOADERS = {  # run in a process of their own; every weight is read once, so that mapping is no trick
     "ours": "from unet import UNet; from vae import VAEEncoder; import sys; "
-            "UNet.from_pretrained(sys.argv[1]); VAEEncoder.from_pretrained(sys.argv[1])",
+            "models = UNet.from_pretrained(sys.argv[1]), VAEEncoder.from_pretrained(sys.argv[1])",
     "diffusers": "from diffusers import UNet2DConditionModel as U, AutoencoderKL as A; import sys; "
-                 "U.from_pretrained(sys.argv[1], subfolder='unet'); "
-                 "A.from_pretrained(sys.argv[1], subfolder='vae')",
-    "imports": "from unet import UNet; from vae import VAEEncoder",
-    "diffusers imports": "from diffusers import UNet2DConditionModel, AutoencoderKL",
+                 "models = (U.from_pretrained(sys.argv[1], subfolder='unet'), "
+                 "A.from_pretrained(sys.argv[1], subfolder='vae'))",
 }
+READ_AND_REPORT = """
+for model in models:
+    for p in model.parameters():
+        p.detach().sum()
+print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))
+"""
 
 
 def synchronize(device: torch.device) -> None:
@@ -173,13 +177,13 @@ def loading(rounds: int) -> list[dict]:
         size = sum(p.stat().st_size for p in Path(folder).rglob("*.safetensors")) / 1e9
         for name, code in LOADERS.items():
             times, peaks = [], []
-            touch = "; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
             for _ in range(rounds):
                 start = time.perf_counter()
-                out = subprocess.run([sys.executable, "-W", "ignore", "-c", code + touch, folder],
+                out = subprocess.run([sys.executable, "-W", "ignore", "-c",
+                                      code + READ_AND_REPORT, folder],
                                      cwd=ROOT, capture_output=True, text=True, check=True).stdout
                 times.append(time.perf_counter() - start)
-                peaks.append(int(out.split()[-1]) * 1024 / 1e9)
+                peaks.append(int(out.split()[-1]) * 1024 / 1e9)  # of that process alone
             rows.append({"case": f"loading: {name}", "seconds": statistics.median(times),
                          "peak_gb": max(peaks), "files_gb": size})
             print(f"{name:18} {rows[-1]['seconds']:6.2f} s   peak {rows[-1]['peak_gb']:5.2f} GB   "
