@@ -85,7 +85,7 @@ class Recipe:
     save_every: int = 1000
 
 
-# What a tiny backbone from random weights needs instead: ours, tuned on two CPU cores.
+# What a tiny backbone from random weights gets instead: ours, not yet tuned (see the README).
 TINY = {
     "backbone": "tiny", "num_prompts": 32, "head_channels": 64, "context_dim": 64, "num_heads": 1,
     "unet_channels": (32, 64, 96, 128), "vae_channels": (16, 32, 64, 64), "latent_channels": 16,
