@@ -180,9 +180,10 @@ class MetaPromptModel(nn.Module):
     def param_groups(self, lr: float, unet_lr_mult: float, weight_decay: float) -> list[dict]:
         """AdamW groups that cover every trained parameter exactly once, by module identity.
 
-        The UNet, and the encoder where it is trained, learn at lr * unet_lr_mult.  Segmentation as the official code EFFECTIVELY does it
-        (decisions 8): the norms of the UNet's transformers learn at the full lr without decay,
-        everything else decays.  Depth: 1-D tensors don't decay, prompts and temb do.
+        The UNet, and the encoder where it is trained, learn at lr * unet_lr_mult.
+        Segmentation as the official code EFFECTIVELY does it (decisions 8): the norms of the UNet's
+        transformers learn at the full lr without decay, everything else decays.
+        Depth: 1-D tensors don't decay, prompts and temb do.
         """
         backbone = {id(p) for p in (*self.unet.parameters(), *self.vae.parameters())}
         norms = {id(p) for p in transformer_norms(self.unet)}
