@@ -3,6 +3,7 @@
     shapes     scenes rendered on the fly (shapes.py); no files, no download
     folder     images/{train,val}/*, labels/{train,val}/*.png, classes.txt        your own images
     ade20k     {images,annotations}/{training,validation}/ADE_{train,val}_%08d.{jpg,png}
+    cityscapes, cityscapes-extra, mapillary                                   see city_data.py
 
 A sample is a dict: "image" (3, H, W) float32 RGB in [0, 1], "target" (H, W) int64 labels with 255 =
 ignore, "name".  In evaluation the image is at the protocol's scale, the target at its own size.
@@ -34,12 +35,14 @@ COLOURS = ((128, 178, 255), (150, 140, 120), (230, 60, 60), (250, 200, 40), (60,
 
 @dataclass(frozen=True)
 class Classes:
-    """Class names by label value, a colour for each, and the values that label files may hold."""
+    """Class names by label value, a colour for each, and the values that files hold for them."""
 
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     lut: np.ndarray  # (256,) uint8: value in the file -> label, 255 = ignore
     raw_values: frozenset  # what a label file may hold
+    export: np.ndarray  # (256,) uint8: label -> value in an exported file
+    hint: str = ""  # what else to say when a label file holds something else
 
 
 def spread_palette(n: int) -> tuple[tuple[int, int, int], ...]:
@@ -55,16 +58,29 @@ def plain_classes(names: tuple[str, ...], palette=None) -> Classes:
     lut = np.full(256, IGNORE, np.uint8)
     lut[:len(names)] = np.arange(len(names))
     return Classes(names, palette or spread_palette(len(names)), lut,
-                   frozenset((*range(len(names)), IGNORE)))
+                   frozenset((*range(len(names)), IGNORE)), np.arange(256, dtype=np.uint8))
+
+
+def class_table(name: str) -> dict:
+    """The entry of classes.json for a released set."""
+    return json.loads((Path(__file__).parent / "classes.json").read_text())[name]
+
+
+def inverse(lut: np.ndarray) -> np.ndarray:
+    """(256,) uint8: label -> the value that `lut` maps to it; 0, "other", for labels without."""
+    table = np.zeros(256, np.uint8)
+    raw = np.flatnonzero(lut != IGNORE)
+    table[lut[raw]] = raw
+    return table
 
 
 def ade20k_classes() -> Classes:
     """ADE20K's classes; files hold 0 = other (ignored), 1..150 (official: reduce_zero_label)."""
-    table = json.loads((Path(__file__).parent / "classes.json").read_text())["ade20k"]
+    table = class_table("ade20k")
     lut = np.full(256, IGNORE, np.uint8)
     lut[1:151] = np.arange(150)
     return Classes(tuple(table["names"]), tuple(map(tuple, table["palette"])), lut,
-                   frozenset((*range(151), IGNORE)))
+                   frozenset((*range(151), IGNORE)), inverse(lut))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -98,15 +114,22 @@ def load_label(path: Path) -> np.ndarray:
     return label.astype(np.uint8)
 
 
-def list_pairs(images: Path, labels: Path, label_suffix: str = ".png") -> list[tuple[Path, Path]]:
-    """(image, label) files of the same relative name, sorted; InputError if any lacks its label."""
+def list_pairs(images: Path, labels: Path, image_end: str = "",
+               label_end: str = ".png") -> list[tuple[Path, Path]]:
+    """(image, label) files of the same relative name, sorted; InputError if any lacks its label.
+
+    Image names end in `image_end` and an image suffix, label names in `label_end` instead.
+    """
     for folder in (images, labels):
         if not folder.is_dir():
             raise InputError(f"the folder {folder} does not exist: see the layouts in data.py")
-    found = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(p for p in images.rglob("*")
+                   if p.suffix.lower() in IMAGE_SUFFIXES and p.stem.endswith(image_end))
     if not found:
-        raise InputError(f"{images} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    pairs = [(p, (labels / p.relative_to(images)).with_suffix(label_suffix)) for p in found]
+        raise InputError(f"{images} holds no image "
+                         f"({', '.join(image_end + suffix for suffix in IMAGE_SUFFIXES)})")
+    pairs = [(p, (labels / p.relative_to(images)).with_name(p.stem.removesuffix(image_end)
+                                                            + label_end)) for p in found]
     missing = [pair for pair in pairs if not pair[1].is_file()]
     if missing:
         raise InputError(f"{missing[0][0]} has no label {missing[0][1]} ({len(missing)} of "
@@ -137,6 +160,22 @@ def ade20k_layout(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Clas
     root = inner if inner.is_dir() else root
     name = {"train": "training", "val": "validation"}[split]
     return list_pairs(root / "images" / name, root / "annotations" / name), ade20k_classes()
+
+
+def export_labels(folder: Path, name: str, labels: np.ndarray, classes: Classes) -> Path:
+    """Write predicted labels (H, W), ints, as the benchmark's server wants them; returns the file.
+
+    A single-channel PNG under the name of the image `name`: Cityscapes' label ids in
+    CITY_SEQUENCE_FRAME_leftImg8bit.png, ADE20K's labels + 1 (spec A.6).  ValueError for a value
+    that is no label.
+    """
+    wrong = sorted(set(np.unique(labels).tolist()) - {*range(len(classes.names)), IGNORE})
+    if wrong:
+        raise ValueError(f"{name}: {wrong[0]} is no label of {len(classes.names)} classes")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{Path(name).stem}.png"
+    Image.fromarray(classes.export[labels]).save(path)
+    return path
 
 
 # ------------------------------------------------------------------------------------------------
@@ -181,7 +220,7 @@ class SegFiles(Dataset):
         if wrong:
             legal = sorted(self.classes.raw_values - {IGNORE})
             raise InputError(f"{label_path} holds the label {wrong[0]}: {legal[0]}..{legal[-1]} "
-                             f"and {IGNORE} (ignore) are possible")
+                             f"and {IGNORE} (ignore) are possible{self.classes.hint}")
         return image, self.classes.lut[raw]
 
     def __getitem__(self, key: tuple[int, int]) -> dict:

@@ -2,93 +2,52 @@
 
     python eval.py --checkpoint runs/seg-shapes
     python eval.py --checkpoint runs/seg-ade20k --data /path/to/ADEChallengeData2016
-    python eval.py --official nyu.ckpt --dataset nyu --data DATA --val-list nyu_test.txt
+    python eval.py --official nyu.ckpt --task depth --dataset nyu --data DATA --val-list LIST
+    python eval.py --checkpoint runs/pose-coco --boxes COCO_val2017_detections_AP_H_56_person.json
 
 Segmentation follows mmsegmentation 0.30.0 (spec A.5): overlapping windows, their logits averaged,
 resized to the original image, argmax; intersections and unions summed over all images.
 Depth follows the official code (spec B.6): shifted windows and their mirror images averaged,
 metrics per image inside the benchmark's box, then the mean over images.
+Pose follows mmpose 1.x (pose spec 6 and 7): people from their boxes, COCO's OKS statistics.
 """
 import argparse
 import json
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
-from torch import Tensor
 
 import data
 import depth_data
+import oks
 import pictures
+import pose
+import pose_data
 import weights
 from errors import InputError, run_command
-from heads import resize
 from metrics import DEPTH_METRICS, confusion, depth_metrics, seg_metrics, valid_depth
 from model import MetaPromptModel
+from predict import (DepthProtocol, PoseProtocol, Protocol, find_protocol, pick_device,
+                     pick_precision, predict_depth, predict_pose, predict_seg)
 
 PICTURES = 8  # images of the set drawn in a report, evenly spread
-
-
-MAIN_METRIC = {"seg": ("mIoU", 1), "depth": ("rmse", -1)}  # what "best" means, and its sign
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How whole images are segmented; one row per data set below."""
-
-    scale: tuple[int, int] | None  # (long, short) bounds of the resize before prediction
-    window: int | None  # side of the sliding window in pixels; None: the whole image at once
-    stride: int | None
-    batch: int = 1  # images at once; more than 1 only where all have one size
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class DepthProtocol:
-    """How depth is predicted and what counts; one row per data set below."""
-
-    windows: int  # square windows of full height, evenly shifted; 1: the whole image at once
-    flip: bool  # average with the mirror image's prediction
-    box: str | None  # "nyu", "garg", "eigen": the benchmark's crop; None: all pixels
-    max_depth: float  # metres; pixels at or beyond it, or at or below min_depth, don't count
-    resize_scale: int  # for the authors' checkpoints, which don't hold it
-    units: float  # of exported 16-bit PNGs, per metre
-    min_depth: float = 1e-3
-    batch: int = 1
-    source: str = ""
-
-
-PROTOCOLS = {
-    ("seg", "shapes"): Protocol(None, None, None, batch=16, source="ours"),
-    ("seg", "folder"): Protocol(None, None, None, source="ours: whole images at their own size"),
-    ("seg", "ade20k"): Protocol((2048, 512), 512, 341, source="official: configs/ade.py"),
-    ("depth", "shapes"): DepthProtocol(1, True, None, 80.0, 0, 256.0, batch=16, source="ours"),
-    ("depth", "folder"): DepthProtocol(1, True, None, 80.0, 1, 256.0, source="ours"),
-    ("depth", "nyu"): DepthProtocol(2, True, "nyu", 10.0, 1, 1000.0,
-                                    source="official: depth/test.sh, NYU v2"),
-    ("depth", "kitti"): DepthProtocol(16, True, "garg", 80.0, 2, 256.0,
-                                      source="official: depth/test.sh, KITTI"),
-}
-
-
-def find_protocol(task: str, dataset: str) -> Protocol | DepthProtocol:
-    """The protocol of a data set; InputError naming the possible ones."""
-    if (task, dataset) not in PROTOCOLS:
-        known = sorted({t for t, _ in PROTOCOLS})
-        if task not in known:
-            raise InputError(f"--task {task} is unknown: choose from {', '.join(known)}")
-        names = ", ".join(name for t, name in PROTOCOLS if t == task)
-        raise InputError(f"--dataset {dataset} is unknown for {task}: choose from {names}")
-    return PROTOCOLS[task, dataset]
+# What "best" means, and its sign.
+MAIN_METRIC = {"seg": ("mIoU", 1), "depth": ("rmse", -1), "pose": ("AP", 1)}
 
 
 def open_set(spec: dict, split: str):
     """The data set that `spec`, a recipe as a dict, names, for "train" or "val"; or InputError."""
     protocol = find_protocol(spec["task"], spec["dataset"])
+    if spec["task"] == "pose":
+        spec = {**spec, "crop_width": spec["crop_width"] or spec["crop"]}
+        if spec["dataset"] != "shapes":
+            return pose_data.open_dataset(spec, split)
+        return pose_data.ShapesPose(spec[f"{split}_scenes"], training=split == "train",
+                                    crop=(spec["crop"], spec["crop_width"]), seed=spec["seed"])
     if spec["dataset"] == "shapes":
         return data.Shapes(spec[f"{split}_scenes"], task=spec["task"], training=split == "train",
                            size=spec["crop"], seed=spec["seed"])
@@ -100,153 +59,32 @@ def open_set(spec: dict, split: str):
 
 
 # ------------------------------------------------------------------------------------------------
-# Devices
-
-def pick_device(name: str) -> torch.device:
-    """"auto", "cpu" or "cuda[:i]" -> device; InputError if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name} is unknown: auto, cpu, cuda or cuda:NUMBER") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: torch {torch.__version__} sees "
-                         f"{torch.cuda.device_count()} GPUs here; cpu works everywhere")
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """"auto", "bfloat16" or "float32" -> dtype; auto is bfloat16 where the device is fast at it."""
-    if name == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-        cpuinfo = Path("/proc/cpuinfo")
-        flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
-        fast = "amx_bf16" in flags or "avx512_bf16" in flags
-        return torch.bfloat16 if fast else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-
-
-def autocast(device: torch.device, dtype: torch.dtype):
-    """Mixed precision around forward passes; nothing for float32."""
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype)
-
-
-# ------------------------------------------------------------------------------------------------
-# Sliding windows
-
-def windows(height: int, width: int, crop: int, stride: int) -> list[tuple[int, int, int, int]]:
-    """(y1, y2, x1, x2) of the windows, row by row; the last ones are shifted back to the edge.
-
-    An image smaller than `crop` gives one smaller window, without padding (spec A.5).
-    """
-    def starts(length: int) -> list[int]:
-        count = max(length - crop + stride - 1, 0) // stride + 1
-        return [max(min(i * stride + crop, length) - crop, 0) for i in range(count)]
-
-    return [(y, min(y + crop, height), x, min(x + crop, width))
-            for y in starts(height) for x in starts(width)]
-
-
-def slide(predict, images: Tensor, crop: int, stride: int, batch: int = 8) -> Tensor:
-    """Average of predict(window) over overlapping windows; `batch` windows per call.
-
-    images (B, 3, H, W); predict: (b, 3, h, w) -> (b, C, h, w).  Returns (B, C, H, W) float32.
-    """
-    B, _, H, W = images.shape
-    places = windows(H, W, crop, stride)
-    total, count = None, images.new_zeros(1, 1, H, W)
-    per_call = max(1, batch // B)
-    for first in range(0, len(places), per_call):
-        group = places[first:first + per_call]
-        crops = torch.cat([images[:, :, y1:y2, x1:x2] for y1, y2, x1, x2 in group])
-        outputs = predict(crops).float()
-        if total is None:
-            total = outputs.new_zeros(B, outputs.shape[1], H, W)
-        for output, (y1, y2, x1, x2) in zip(outputs.split(B), group):
-            total[:, :, y1:y2, x1:x2] += output
-            count[:, :, y1:y2, x1:x2] += 1
-    return total / count
-
-
-@torch.inference_mode()
-def predict_seg(model: MetaPromptModel, images: Tensor, size, protocol: Protocol,
-                dtype: torch.dtype) -> Tensor:
-    """Class probabilities at `size`, (B, classes, *size), of images (B, 3, H, W) in [0, 1]."""
-    with autocast(images.device, dtype):
-        if protocol.window is None:
-            logits = model(images).float()
-        else:
-            logits = slide(model, images, protocol.window, protocol.stride)
-    return resize(logits, size).softmax(dim=1)
-
-
-def shifted_windows(width: int, side: int, count: int) -> list[int]:
-    """Left edges of `count` square windows of `side` over an image `width` wide.
-
-    DEVIATION: the last window is moved to the right edge; the official code leaves up to `count`
-    columns of a KITTI image without prediction, outside what its metrics count (decisions 15).
-    """
-    if count == 1 or width <= side:
-        return [0]
-    interval = (width - side) // (count - 1)
-    starts = [i * interval for i in range(count - 1)] + [width - side]
-    if max(interval, starts[-1] - starts[-2]) <= side:
-        return starts
-    count = max(count, -(-width // side))                # so wide that these windows leave gaps
-    return [i * (width - side) // (count - 1) for i in range(count)]
-
-
-@torch.inference_mode()
-def predict_depth(model: MetaPromptModel, images: Tensor, protocol: DepthProtocol,
-                  dtype: torch.dtype, batch: int = 8) -> Tensor:
-    """Metres (B, H, W) of images (B, 3, H, W) in [0, 1]: mean over windows and mirror images."""
-    B, _, H, W = images.shape
-    side = min(H, W) if protocol.windows > 1 else W
-    places = shifted_windows(W, side, protocol.windows)
-    total, count = images.new_zeros(B, H, W), images.new_zeros(W)
-    for first in range(0, len(places), max(1, batch // B)):
-        group = places[first:first + max(1, batch // B)]
-        crops = torch.cat([images[..., x:x + side] for x in group])
-        with autocast(images.device, dtype):
-            depth = model(crops)[:, 0].float()
-            if protocol.flip:
-                depth = (depth + model(crops.flip(-1))[:, 0].float().flip(-1)) / 2
-        for output, x in zip(depth.split(B), group):
-            total[..., x:x + side] += output
-            count[x:x + side] += 1
-    return total / count
-
-
-# ------------------------------------------------------------------------------------------------
 # Whole sets
+
+def on_device(dataset, batch: int, workers: int, device: torch.device):
+    """The whole set in order, with a progress bar: (batch, images, target, samples to draw)."""
+    chosen, seen = {len(dataset) * i // PICTURES for i in range(PICTURES)}, 0
+    with tqdm(total=len(dataset), desc="evaluate", unit="image", leave=False) as bar:
+        for samples in data.eval_loader(dataset, batch, workers):
+            images = samples["image"].to(device, non_blocking=True)
+            drawn = [i for i in range(len(images)) if seen + i in chosen]
+            yield samples, images, samples["target"].to(device), drawn
+            seen += len(images)
+            bar.update(len(images))
+
 
 def evaluate_seg(model: MetaPromptModel, dataset, protocol: Protocol, dtype: torch.dtype, *,
                  workers: int = 0, sheet: Path | None = None) -> dict:
     """Metrics of the whole set; with `sheet` also a PNG of some images, truth and prediction."""
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     num_classes = len(dataset.classes.names)
     counts = torch.zeros(num_classes, num_classes, dtype=torch.long, device=device)
-    rows, drawn = [], {len(dataset) * i // PICTURES for i in range(PICTURES)}
-    seen = 0                                         # bar.n stands still where bars are disabled
-    with tqdm(total=len(dataset), desc="evaluate", unit="image", leave=False) as bar:
-        for batch in data.eval_loader(dataset, protocol.batch, workers):
-            target = batch["target"].to(device)
-            images = batch["image"].to(device, non_blocking=True)
-            probs = predict_seg(model, images, target.shape[-2:], protocol, dtype)
-            prediction = probs.argmax(dim=1)
-            counts += confusion(prediction, target, num_classes)
-            for i in range(len(images)):
-                if seen + i in drawn:
-                    rows.append((images[i].cpu(), target[i].cpu(), prediction[i].cpu()))
-            seen += len(images)
-            bar.update(len(images))
-    model.train(was_training)
+    rows = []
+    for _, images, target, drawn in on_device(dataset, protocol.batch, workers, device):
+        probs = predict_seg(model, images, target.shape[-2:], protocol, dtype)
+        prediction = probs.argmax(dim=1)
+        counts += confusion(prediction, target, num_classes)
+        rows += [(images[i].cpu(), target[i].cpu(), prediction[i].cpu()) for i in drawn]
     if sheet is not None:
         pictures.save_seg_sheet(sheet, rows, dataset.classes)
     return seg_metrics(counts.cpu())
@@ -261,27 +99,17 @@ def evaluate_depth(model: MetaPromptModel, dataset, protocol: DepthProtocol, dty
     the benchmark's unit.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    results, rows, seen = [], [], 0
-    drawn = {len(dataset) * i // PICTURES for i in range(PICTURES)}
-    with tqdm(total=len(dataset), desc="evaluate", unit="image", leave=False) as bar:
-        for batch in data.eval_loader(dataset, protocol.batch, workers):
-            images = batch["image"].to(device, non_blocking=True)
-            target = batch["target"].to(device)
-            depth = predict_depth(model, images, protocol, dtype)
-            depth = depth.nan_to_num(nan=protocol.min_depth, posinf=protocol.max_depth)
-            for i, name in enumerate(batch["name"]):
-                valid = valid_depth(target[i], protocol.box, protocol.min_depth, protocol.max_depth)
-                if valid.any():
-                    results.append(depth_metrics(depth[i][valid], target[i][valid]))
-                if seen + i in drawn:
-                    rows.append((images[i].cpu(), target[i].cpu(), depth[i].cpu()))
-                if export is not None:
-                    export_depth(export, name, depth[i].cpu().numpy(), protocol.units)
-            seen += len(images)
-            bar.update(len(images))
-    model.train(was_training)
+    results, rows = [], []
+    for batch, images, target, drawn in on_device(dataset, protocol.batch, workers, device):
+        depth = predict_depth(model, images, protocol, dtype)
+        depth = depth.nan_to_num(nan=protocol.min_depth, posinf=protocol.max_depth)
+        for i, name in enumerate(batch["name"]):
+            valid = valid_depth(target[i], protocol.box, protocol.min_depth, protocol.max_depth)
+            if valid.any():
+                results.append(depth_metrics(depth[i][valid], target[i][valid]))
+            if export is not None:
+                export_depth(export, name, depth[i].cpu().numpy(), protocol.units)
+        rows += [(images[i].cpu(), target[i].cpu(), depth[i].cpu()) for i in drawn]
     if sheet is not None:
         pictures.save_depth_sheet(sheet, rows)
     if not results:
@@ -299,16 +127,75 @@ def export_depth(folder: Path, name: str, depth: np.ndarray, units: float) -> No
         folder / f"{scene}_{path.stem}.png".replace(" ", "_"))
 
 
+def evaluate_pose(model: MetaPromptModel, dataset, protocol: PoseProtocol, dtype: torch.dtype, *,
+                  workers: int = 0, sheet: Path | None = None, export: Path | None = None) -> dict:
+    """COCO's ten OKS statistics (oks.py); with annotated boxes also PCK, the share of joints whose
+    peak is within 5 % of the crop.
+
+    `sheet`: a PNG of some people, truth, prediction, heatmaps.  `export`: a folder for
+    keypoints.json, the results in COCO's format.
+    """
+    device = next(model.parameters()).device
+    people, rows, hits, joints = [], [], 0, 0
+    for batch, images, target, drawn in on_device(dataset, protocol.batch, workers, device):
+        center, scale = batch["center"].to(device), batch["scale"].to(device)
+        xy, score, heatmaps = predict_pose(model, images, center, scale, protocol, dtype)
+        crop, size = images.shape[-2:], heatmaps.shape[-2:]
+        wanted, weight = pose.heatmap_targets(target, crop, size, model.config.sigma)
+        hit, labelled = pose.pck(heatmaps, wanted, weight)
+        hits, joints = hits + int(hit), joints + int(labelled)
+        found = torch.cat([xy, score[..., None].double()], dim=-1).cpu()       # (B, 17, 3)
+        people.append((batch["id"], batch["image_id"], batch["score"], found,
+                       batch["scale"].prod(dim=-1)))
+        rows += [(images[i].cpu(), target[i].cpu(), pose.to_crop(found[i], batch["center"][i],
+                                                                 batch["scale"][i], crop),
+                  heatmaps[i].cpu()) for i in drawn]
+    results = coco_results([torch.cat(column).numpy() for column in zip(*people)], protocol.nms)
+    if export is not None:
+        export.mkdir(parents=True, exist_ok=True)
+        (export / "keypoints.json").write_text(json.dumps(results))
+    if sheet is not None:
+        pictures.save_pose_sheet(sheet, rows)
+    metrics = oks.evaluate(dataset.annotations, results)
+    return {**metrics, "PCK": hits / joints} if joints else metrics
+
+
+def coco_results(people: list[np.ndarray], threshold: float) -> list[dict]:
+    """COCO's results from columns over P people: (P,) ids, (P,) image ids, (P,) box scores,
+    (P, 17, 3) joints x, y, score, (P,) areas of the padded boxes.
+
+    Per image the people that OKS-NMS keeps, best first (pose spec 7.1 to 7.3).
+    """
+    ids, image_ids, box_scores, joints, areas = people
+    scores = oks.instance_scores(joints[..., 2], box_scores)
+    results = []
+    for image in np.unique(image_ids):
+        here = np.flatnonzero(image_ids == image)
+        here = here[np.argsort(ids[here], kind="stable")]
+        for i in here[oks.oks_nms(joints[here], scores[here], areas[here], threshold)]:
+            results.append({"image_id": int(image), "category_id": 1, "score": float(scores[i]),
+                            "keypoints": joints[i].ravel().tolist()})
+    return results
+
+
+EVALUATE = {"seg": evaluate_seg, "depth": evaluate_depth, "pose": evaluate_pose}
+
+
 def evaluate(model: MetaPromptModel, dataset, protocol, dtype: torch.dtype, *, workers: int = 0,
              sheet: Path | None = None) -> dict:
-    """Metrics of the whole set for the model's task; see evaluate_seg and evaluate_depth."""
-    task = evaluate_seg if model.config.task == "seg" else evaluate_depth
-    return task(model, dataset, protocol, dtype, workers=workers, sheet=sheet)
+    """Metrics of the whole set for the model's task; the model's mode is left as it was."""
+    was_training = model.training
+    model.eval()
+    metrics = EVALUATE[model.config.task](model, dataset, protocol, dtype, workers=workers,
+                                          sheet=sheet)
+    model.train(was_training)
+    return metrics
 
 
 def summary(metrics: dict) -> str:
     """The scalar metrics in one line."""
-    return "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+    return "  ".join(f"{k} {v:.4f}" if v >= 0 else f"{k} n/a"  # n/a: nobody of that size
+                     for k, v in metrics.items() if isinstance(v, float))
 
 
 def print_table(metrics: dict, names: tuple[str, ...]) -> None:
@@ -329,7 +216,8 @@ def print_table(metrics: dict, names: tuple[str, ...]) -> None:
 
 DEFAULTS = {"task": "seg", "dataset": "shapes", "data": None, "crop": 128, "scale": None, "seed": 0,
             "train_scenes": 20_000, "val_scenes": 300, "train_list": None, "val_list": None,
-            "depth_scale": 1000.0}  # where neither the command nor the run's recipe says
+            "depth_scale": 1000.0, "crop_width": None, "train_json": None, "val_json": None,
+            "images": None, "boxes": None}  # where neither the command nor the run's recipe says
 
 
 def find_checkpoint(run: str) -> Path:
@@ -353,13 +241,17 @@ def parse() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", help="run folder of train.py, or a saved model")
     source.add_argument("--official", metavar="FILE", help="one of the authors' .pth / .ckpt files")
-    parser.add_argument("--task", help="seg or depth; needed only to check an --official file")
+    parser.add_argument("--task", help="seg or depth; needed only with --official")
     parser.add_argument("--dataset", help="default: the run's")
     parser.add_argument("--data", help="folder of the data set; default: the run's")
     parser.add_argument("--val-list", help="nyu, kitti: list file; default: the run's")
     parser.add_argument("--depth-scale", type=float, help="folder depth: PNG units per metre")
+    parser.add_argument("--val-json", help="pose: annotations in COCO's format")
+    parser.add_argument("--images", help="pose: folder of their images")
+    parser.add_argument("--boxes", help="pose: detected boxes; default: the annotated people's")
     parser.add_argument("--out", help="folder for pictures and metrics; default: RUN/eval")
-    parser.add_argument("--export", help="depth: folder for 16-bit PNGs in the benchmark's unit")
+    parser.add_argument("--export", help="depth: folder for 16-bit PNGs in the benchmark's unit; "
+                                         "pose: for keypoints.json (default: --out)")
     parser.add_argument("--save", help="write the model in our format into this folder")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"],
@@ -411,15 +303,19 @@ def main() -> None:
         raise InputError(f"{source} predicts {model.config.num_classes} classes, the data set "
                          f"{spec['dataset']} has {len(dataset.classes.names)}")
     model.to(device)
+    sheet, export = out / "pictures.png", Path(args.export) if args.export else None
+    model.eval()
     if spec["task"] == "seg":
-        metrics = evaluate_seg(model, dataset, protocol, dtype, workers=args.workers,
-                               sheet=out / "pictures.png")
+        metrics = evaluate_seg(model, dataset, protocol, dtype, workers=args.workers, sheet=sheet)
         print_table(metrics, dataset.classes.names)
-    else:
+    elif spec["task"] == "depth":
         metrics = evaluate_depth(model, dataset, protocol, dtype, workers=args.workers,
-                                 sheet=out / "pictures.png",
-                                 export=Path(args.export) if args.export else None)
+                                 sheet=sheet, export=export)
         print(summary(metrics))
+    else:
+        metrics = evaluate_pose(model, dataset, protocol, dtype, workers=args.workers,
+                                sheet=sheet, export=export or out)
+        print(f"{summary(metrics)}  ({dataset.boxes})")
     write_report(out / "metrics.json", {"checkpoint": str(source), "dataset": spec["dataset"],
                                         "images": len(dataset), "protocol": asdict(protocol),
                                         **metrics})

@@ -3,6 +3,7 @@
     task   neck (to the prompts' space, D = 768)   after rearrangement        head -> output
     seg    PyramidNeck: 4 maps, x2, strides 4..32  4 x (B, N, h, w)           UPerHead -> logits
     depth  FusionNeck: all four to one, stride 8   (B, N, h, w)               DepthHead -> metres
+    pose   FusionNeck                              (B, N, h, w)               PoseHead -> heatmaps
 
 Necks come before the dot product with the prompts (model.py), heads after it: a head sees N
 channels and knows nothing of the backbone.  Parameter names inside the heads are the official
@@ -11,6 +12,8 @@ code's, so that the authors' checkpoints map by prefix.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import pose
 
 IGNORE = 255  # label of pixels that count neither in losses nor in metrics
 
@@ -285,3 +288,41 @@ def silog(depth: Tensor, target: Tensor) -> Tensor:
     mean = d.sum() / count
     variance = d.square().sum() / count - 0.5 * mean.square()
     return variance.clamp(min=1e-12).sqrt() * valid.any()
+
+
+# ------------------------------------------------------------------------------------------------
+# Pose
+
+class PoseHead(nn.Module):
+    """One response map per prompt -> one heatmap per COCO joint, twice as large per deconvolution.
+
+    DEVIATION: the pose code was never released; this is ViTPose's classic decoder on maps of stride
+    8, so one deconvolution gives the family's stride of 4 (decisions 11).  Names are mmpose's.
+    """
+
+    def __init__(self, c_in: int, widths: tuple[int, ...], sigma: float):
+        super().__init__()
+        self.sigma = sigma
+        layers = []
+        for wide_in, wide_out in zip((c_in, *widths), widths):
+            deconv = nn.ConvTranspose2d(wide_in, wide_out, 4, stride=2, padding=1, bias=False)
+            layers += conv_bn_relu(deconv, wide_out)
+        self.deconv_layers = nn.Sequential(*layers)
+        self.final_layer = nn.Conv2d((c_in, *widths)[-1], len(pose.KEYPOINTS), 1)
+        self.stride = 8 / 2 ** len(widths)               # of the heatmaps, in pixels of the crop
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.normal_(module.weight, std=0.001)
+        nn.init.zeros_(self.final_layer.bias)
+
+    def forward(self, maps: list[Tensor], size=None) -> Tensor:
+        """[(B, N, h, w)] -> heatmaps (B, 17, h * 2**n, w * 2**n); `size` isn't used."""
+        return self.final_layer(self.deconv_layers(maps[0]))
+
+    def loss(self, maps: list[Tensor], target: Tensor) -> dict[str, Tensor]:
+        """[(B, N, h, w)], joints (B, 17, 3): x, y in crop pixels, 1 if labelled -> the MSE loss."""
+        heatmaps = self(maps).float()
+        size = heatmaps.shape[-2:]
+        crop = [int(side * self.stride) for side in size]
+        wanted, weight = pose.heatmap_targets(target, crop, size, self.sigma)
+        return {"mse": pose.keypoint_mse(heatmaps, wanted, weight)}

@@ -29,15 +29,15 @@ import unet
 import vae
 import weights
 from errors import InputError
-from heads import DepthHead, FusionNeck, PyramidNeck, SegHead, resize
+from heads import DepthHead, FusionNeck, PoseHead, PyramidNeck, SegHead, resize
 
 
 @dataclass(frozen=True)
 class Config:
     """What a model is: saved as config.json beside the weights.  Defaults: ADE20K."""
 
-    task: str = "seg"  # "seg" or "depth"
-    num_prompts: int = 150  # N; paper Table 6 (seg 150) and 7 (depth 50)
+    task: str = "seg"  # "seg", "depth" or "pose"
+    num_prompts: int = 150  # N; paper Table 6 (seg 150), 7 (depth 50) and 8 (pose 150)
     refine_steps: int = 3  # T; paper 4.3
     shared_prompts: bool = True  # one matrix for all passes (official seg), or one per pass (depth)
     prompt_adapter: bool = False  # Linear-GELU-Linear on the prompts (official depth only)
@@ -50,6 +50,8 @@ class Config:
     head_channels: int = 512  # official: UPerHead 512, depth decoder 192
     max_depth: float = 10.0  # depth, metres: 10 on NYU v2, 80 on KITTI
     resize_scale: int = 0  # depth, s: sides become (side // 64 + s) * 64 (official: 1 NYU, 2 KITTI)
+    deconv_channels: tuple[int, ...] = (256,)  # pose: each doubles stride 8's maps; ours
+    sigma: float = 4.0  # pose: of a joint's blob, in heatmap pixels; ours, for 576x448
     dropout: float = 0.0  # on channels, before the classifier: 0 on ADE20K, 0.1 on Cityscapes
     unet_channels: tuple[int, ...] = unet.CHANNELS
     num_heads: int = unet.NUM_HEADS
@@ -57,10 +59,15 @@ class Config:
     vae_channels: tuple[int, ...] = vae.CHANNELS
     latent_channels: int = vae.LATENT_CHANNELS  # 4 in Stable Diffusion
     norm_groups: int = vae.GROUPS  # 32 in Stable Diffusion; a narrow model needs fewer
+    unet_layers: int = unet.LAYERS  # per level: 2 in Stable Diffusion
+    vae_layers: int = vae.LAYERS
 
     def __post_init__(self):
-        if self.task not in ("seg", "depth"):
-            raise InputError(f"task {self.task!r} is unknown: seg or depth")
+        if self.task not in ("seg", "depth", "pose"):
+            raise InputError(f"task {self.task!r} is unknown: seg, depth or pose")
+        if self.task == "pose" and (3 * self.sigma) % 1:
+            raise InputError(f"sigma {self.sigma}: 3 sigma must be an integer, else a blob's "
+                             "window is cut off centre")
         for field in fields(self):  # JSON has no tuples
             value = getattr(self, field.name)
             if isinstance(value, list):
@@ -106,9 +113,10 @@ class MetaPromptModel(nn.Module):
         self.config = config
         N, D, T = config.num_prompts, config.context_dim, config.refine_steps
         self.vae = encoder or vae.VAEEncoder(config.vae_channels, config.latent_channels,
-                                             config.norm_groups)
+                                             config.norm_groups, config.vae_layers)
         self.unet = backbone or unet.UNet(config.unet_channels, config.num_heads, D,
-                                          config.latent_channels, config.norm_groups)
+                                          config.latent_channels, config.norm_groups,
+                                          config.unet_layers)
         rows = 1 if config.shared_prompts else T
         self.prompts = nn.Parameter(torch.randn(rows, N, D))               # paper: random values
         self.adapters = nn.ModuleList(
@@ -121,7 +129,9 @@ class MetaPromptModel(nn.Module):
             self.head = SegHead(c_head, config.head_channels, config.num_classes, config.dropout)
         else:
             self.neck = FusionNeck(config.unet_channels, D)
-            self.head = DepthHead(c_head, config.head_channels, config.max_depth)
+            self.head = (DepthHead(c_head, config.head_channels, config.max_depth)
+                         if config.task == "depth" else
+                         PoseHead(c_head, config.deconv_channels, config.sigma))
         self.freeze()
 
     def freeze(self) -> None:
@@ -151,7 +161,7 @@ class MetaPromptModel(nn.Module):
         return self.unet.embed_timestep(torch.zeros(1, device=self.prompts.device))
 
     def forward(self, images: Tensor, target: Tensor | None = None):
-        """RGB in [0, 1] -> logits or metres at image size; with a target (B, H, W): {name: loss}.
+        """RGB in [0, 1] -> logits or metres at image size, or heatmaps; with a target {name: loss}.
 
         Any H, W >= 64; for seg B >= 2 in training mode (BatchNorm of a 1x1 map needs two values).
         """
@@ -167,7 +177,7 @@ class MetaPromptModel(nn.Module):
         if self.config.rearrange:
             maps = [rearrange(m, prompts) for m in maps]    # M x (B, N, h, w)        3.2.2
         if target is None:
-            return self.head(maps, size)                    # (B, classes or 1, H, W)
+            return self.head(maps, size)                    # (B, classes or 1, H, W), 17 heatmaps
         return self.head.loss(maps, target)                 # {name: loss}
 
     def loss(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -183,7 +193,7 @@ class MetaPromptModel(nn.Module):
         The UNet, and the encoder where it is trained, learn at lr * unet_lr_mult.
         Segmentation as the official code EFFECTIVELY does it (decisions 8): the norms of the UNet's
         transformers learn at the full lr without decay, everything else decays.
-        Depth: 1-D tensors don't decay, prompts and temb do.
+        Depth and pose: 1-D tensors don't decay, prompts and temb do.
         """
         backbone = {id(p) for p in (*self.unet.parameters(), *self.vae.parameters())}
         norms = {id(p) for p in transformer_norms(self.unet)}
@@ -210,7 +220,7 @@ class MetaPromptModel(nn.Module):
         backbone = unet.UNet.from_pretrained(source, config.num_heads)
         config = replace(config, unet_channels=backbone.channels, num_heads=backbone.num_heads,
                          context_dim=backbone.context_dim, vae_channels=encoder.channels,
-                         latent_channels=encoder.latent_channels)
+                         latent_channels=encoder.latent_channels, unet_layers=backbone.layers)
         return cls(config, encoder, backbone)
 
     @classmethod

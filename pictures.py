@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+import pose
 from data import IGNORE, Classes
 
 TEXT_HEIGHT = 14  # pixels per legend line
@@ -136,3 +137,86 @@ def save_depth_sheet(path: Path, rows: list[tuple]) -> None:
         strips.append(np.concatenate([enlarge(panel) for panel in panels], axis=1))
     titles = ("input", "truth (grey: unknown)", "prediction", "error: red 25 % too far, blue near")
     stack(path, strips, titles, lambda width: scale_bar(float(nearest), float(farthest), width))
+
+
+# ------------------------------------------------------------------------------------------------
+# Pose
+
+LEFT, RIGHT, MIDDLE = (0, 220, 60), (255, 128, 0), (51, 153, 255)  # the usual colours of limbs
+DRAWN_ABOVE = 0.2  # score of a joint that is drawn, the one above which it counts
+HEAT_COLOURS = ((0, 0, 130), (0, 120, 255), (60, 255, 160), (255, 220, 0), (220, 0, 0))
+
+
+def joint_colour(joint: int) -> tuple[int, int, int]:
+    """Left side, right side, or the nose."""
+    name = pose.KEYPOINTS[joint]
+    return LEFT if name.startswith("left") else RIGHT if name.startswith("right") else MIDDLE
+
+
+def draw_skeleton(image: Image.Image, joints: np.ndarray, zoom: float = 1.0) -> None:
+    """Draw joints (17, 3), x, y in pixels and a score, onto `image`, `zoom` times as large.
+
+    Joints that score 0.2 or less are left out; a limb needs both its ends.
+    """
+    draw, seen = ImageDraw.Draw(image), joints[:, 2] > DRAWN_ABOVE
+    points = [((x + 0.5) * zoom, (y + 0.5) * zoom) for x, y in joints[:, :2].tolist()]
+    radius = max(2, round(min(image.size) / 90))
+    for a, b in pose.SKELETON:
+        if seen[a] and seen[b]:
+            sides = {joint_colour(a), joint_colour(b)} - {MIDDLE}
+            colour = sides.pop() if len(sides) == 1 else MIDDLE
+            draw.line([points[a], points[b]], fill=colour, width=max(2, radius))
+    for joint in np.flatnonzero(seen):
+        x, y = points[joint]
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=joint_colour(joint),
+                     outline="black")
+
+
+def colour_heat(values: np.ndarray) -> np.ndarray:
+    """(H, W) in [0, 1] -> (H, W, 3) uint8, blue to red."""
+    place = np.clip(values, 0, 1) * (len(HEAT_COLOURS) - 1)
+    channels = [np.interp(place, np.arange(len(HEAT_COLOURS)), [c[i] for c in HEAT_COLOURS])
+                for i in range(3)]
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def blend_heat(image: np.ndarray, values: np.ndarray, weight: float = 0.5) -> np.ndarray:
+    """(h, w) values laid over an (H, W, 3) uint8 picture, their highest red, their lowest blue."""
+    values = values - values.min()
+    heat = Image.fromarray((255 * values / max(values.max(), 1e-6)).astype(np.uint8))
+    heat = np.asarray(heat.resize(image.shape[1::-1], Image.BILINEAR)) / 255
+    return (image * (1 - weight) + colour_heat(heat) * weight).astype(np.uint8)
+
+
+def save_pose_sheet(path: Path, rows: list[tuple]) -> None:
+    """Write rows of (crop (3,H,W) in [0,1], true joints (17,3), predicted joints (17,3), heatmaps
+    (17,h,w)) as one PNG; joints in pixels of the crop, with a weight or a score.
+
+    Columns: truth | prediction | the highest of the 17 heatmaps.
+    """
+    strips = []
+    for crop, truth, joints, heatmaps in rows:
+        picture = to_uint8(crop)
+        large = enlarge(picture)
+        zoom = large.shape[0] / picture.shape[0]
+        panels = []
+        for points in (truth, joints):
+            panel = Image.fromarray(large.copy())
+            draw_skeleton(panel, np.asarray(points, np.float64), zoom)
+            panels.append(np.asarray(panel))
+        panels.append(blend_heat(large, np.asarray(heatmaps.amax(dim=0), np.float64)))
+        strips.append(np.concatenate(panels, axis=1))
+    titles = ("truth", "prediction", "heatmaps, highest")
+    stack(path, strips, titles, skeleton_legend)
+
+
+def skeleton_legend(width: int) -> np.ndarray:
+    """A strip that says what the limbs' colours mean."""
+    strip = Image.new("RGB", (width, TEXT_HEIGHT + 4), "white")
+    draw = ImageDraw.Draw(strip)
+    for i, (name, colour) in enumerate((("their left", LEFT), ("right", RIGHT),
+                                        ("middle", MIDDLE))):
+        x = 4 + i * 90
+        draw.rectangle((x, 4, x + 9, 13), fill=colour)
+        draw.text((x + 14, 2), name, fill="black")
+    return np.asarray(strip)

@@ -283,3 +283,9 @@ def to_image(xy: Tensor, center: Tensor, scale: Tensor, size: tuple[int, int]) -
     """
     last = xy.new_tensor([size[1] - 1, size[0] - 1])
     return xy / last * scale[:, None] + (center - scale / 2)[:, None]
+
+
+def to_crop(xy: Tensor, center: Tensor, scale: Tensor, crop: tuple[int, int]) -> Tensor:
+    """Pixels of the image (17, 2 or 3) -> pixels of a crop of that size that was not rotated."""
+    last = xy.new_tensor([crop[1] - 1, crop[0] - 1])
+    return torch.cat([(xy[:, :2] - center + scale / 2) / scale * last, xy[:, 2:]], dim=1)

@@ -9,7 +9,7 @@ its parameter names, so `unet/diffusion_pytorch_model.safetensors` loads with no
            1/64     1280 --down_blocks.3--mid_block--up_blocks.0---------> feature 3  1280, 1/64
 
 The coarse three features are read in the middle of their level: after its second layer, before
-its third layer and upsampler (official: meta_prompts/models.py, output blocks 1, 4 and 7).
+its third, last layer and upsampler (official: meta_prompts/models.py, output blocks 1, 4 and 7).
 
 temb: time embedding, (B, 4*C0).   context: what cross-attention reads, (B, N, D).   Both may have
 batch size 1, which means "the same for every image" and costs their projections only once.
@@ -29,8 +29,9 @@ NUM_HEADS = 8  # at every level; HF's config calls this number "attention_head_d
 CONTEXT_DIM = 768  # D
 LATENT_CHANNELS = 4  # of SD1.5
 GROUPS = 32  # of every GroupNorm, in SD1.5
+LAYERS = 2  # per level on the way down, one more on the way up; 1 in distilled ones (BK-SDM-Base)
 SD1_CONFIG = {  # what a config.json must say (or leave out) for this file to be the same model
-    "act_fn": "silu", "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
+    "act_fn": "silu", "in_channels": 4, "out_channels": 4,
     "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
     "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
     "use_linear_projection": False, "only_cross_attention": False, "dual_cross_attention": False,
@@ -198,13 +199,15 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """A level of the encoder: two layers, then half the size on all levels but the last."""
+    """A level of the encoder: its layers, then half the size on all levels but the last."""
 
-    def __init__(self, c_in, c_out, c_temb, c_context, num_heads, groups, attention, downsample):
+    def __init__(self, c_in, c_out, c_temb, c_context, num_heads, groups, layers, attention,
+                 downsample):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, c_temb, groups) for c in (c_in, c_out)])
+        inputs = [c_in] + [c_out] * (layers - 1)
+        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, c_temb, groups) for c in inputs])
         self.attentions = nn.ModuleList([SpatialTransformer(c_out, c_context, num_heads, groups)
-                                         for _ in range(2 if attention else 0)])
+                                         for _ in range(layers if attention else 0)])
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
@@ -237,20 +240,24 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """A level of the decoder: three layers, each joined by a skip, then twice the size."""
+    """A level of the decoder: a layer more than on the way down, each joined by a skip, then
+    twice the size.  The last skip comes from the finer level and has its width, `c_finer`.
+    """
 
-    def __init__(self, c_in, c_skips, c_out, c_temb, c_context, num_heads, groups, attention,
-                 upsample):
+    def __init__(self, c_in, c_finer, c_out, c_temb, c_context, num_heads, groups, layers,
+                 attention, upsample):
         super().__init__()
-        inputs = [c + skip for c, skip in zip((c_in, c_out, c_out), c_skips)]
-        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, c_temb, groups) for c in inputs])
+        inputs = [c_in] + [c_out] * layers
+        c_skips = [c_out] * layers + [c_finer]
+        self.resnets = nn.ModuleList([ResnetBlock(c + skip, c_out, c_temb, groups)
+                                      for c, skip in zip(inputs, c_skips)])
         self.attentions = nn.ModuleList([SpatialTransformer(c_out, c_context, num_heads, groups)
-                                         for _ in range(3 if attention else 0)])
+                                         for _ in range(layers + 1 if attention else 0)])
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor,
                 context: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, c_in, H, W), three skips -> (input of the next level, this level's feature)."""
+        """(B, c_in, H, W), a skip per layer -> (input of the next level, this level's feature)."""
         outputs = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, fit_skip(skips[i], x)], dim=1), temb)
@@ -259,7 +266,7 @@ class UpBlock(nn.Module):
             outputs.append(x)
         for upsample in self.upsamplers:
             x = upsample(x)
-        return x, outputs[1] if len(self.upsamplers) > 0 else outputs[2]
+        return x, outputs[-2] if len(self.upsamplers) > 0 else outputs[-1]
 
 
 def fit_skip(skip: Tensor, x: Tensor) -> Tensor:
@@ -280,27 +287,27 @@ class UNet(nn.Module):
 
     def __init__(self, channels: tuple[int, ...] = CHANNELS, num_heads: int = NUM_HEADS,
                  context_dim: int = CONTEXT_DIM, latent_channels: int = LATENT_CHANNELS,
-                 groups: int = GROUPS):
+                 groups: int = GROUPS, layers: int = LAYERS):
         super().__init__()
         c0, c1, c2, c3 = self.channels = tuple(channels)
         self.num_heads, self.context_dim, self.temb_dim = num_heads, context_dim, 4 * c0
-        self.gradient_checkpointing = False
+        self.layers, self.gradient_checkpointing = layers, False
         rest = (self.temb_dim, context_dim, num_heads, groups)
 
         self.time_embedding = TimestepEmbedding(c0, self.temb_dim)
         self.conv_in = nn.Conv2d(latent_channels, c0, 3, padding=1)
         self.down_blocks = nn.ModuleList([
-            DownBlock(c0, c0, *rest, attention=True, downsample=True),
-            DownBlock(c0, c1, *rest, attention=True, downsample=True),
-            DownBlock(c1, c2, *rest, attention=True, downsample=True),
-            DownBlock(c2, c3, *rest, attention=False, downsample=False),
+            DownBlock(c0, c0, *rest, layers, attention=True, downsample=True),
+            DownBlock(c0, c1, *rest, layers, attention=True, downsample=True),
+            DownBlock(c1, c2, *rest, layers, attention=True, downsample=True),
+            DownBlock(c2, c3, *rest, layers, attention=False, downsample=False),
         ])
         self.mid_block = MidBlock(c3, *rest)
         self.up_blocks = nn.ModuleList([
-            UpBlock(c3, (c3, c3, c2), c3, *rest, attention=False, upsample=True),
-            UpBlock(c3, (c2, c2, c1), c2, *rest, attention=True, upsample=True),
-            UpBlock(c2, (c1, c1, c0), c1, *rest, attention=True, upsample=True),
-            UpBlock(c1, (c0, c0, c0), c0, *rest, attention=True, upsample=False),
+            UpBlock(c3, c2, c3, *rest, layers, attention=False, upsample=True),
+            UpBlock(c3, c1, c2, *rest, layers, attention=True, upsample=True),
+            UpBlock(c2, c0, c1, *rest, layers, attention=True, upsample=True),
+            UpBlock(c1, c0, c0, *rest, layers, attention=True, upsample=False),
         ])
         self.conv_norm_out = nn.GroupNorm(groups, c0, eps=1e-5)
         self.conv_out = nn.Conv2d(c0, latent_channels, 3, padding=1)
@@ -322,7 +329,7 @@ class UNet(nn.Module):
             skips += self.run(block, skips[-1], temb, context)
         x = self.run(self.mid_block, skips[-1], temb, context)  # (B, C3, h/8, w/8)
         for block in self.up_blocks:
-            level = [skips.pop(), skips.pop(), skips.pop()]
+            level = [skips.pop() for _ in block.resnets]
             x, feature = self.run(block, x, level, temb, context)
             features.insert(0, feature)
         return features
@@ -341,9 +348,9 @@ class UNet(nn.Module):
     def from_pretrained(cls, source: str = weights.SD15, num_heads: int = NUM_HEADS) -> "UNet":
         """Load from a hub id, a local Hugging Face folder or a single LDM file (see weights.py).
 
-        Widths and D come from the file, the number of heads from config.json (from `num_heads` for
-        a single file, which does not hold it).  Raises InputError if it is missing, broken or no
-        SD1.x UNet.
+        Widths, D and layers come from the file, the number of heads from config.json (from
+        `num_heads` for a single file, which does not hold it).  Raises InputError if it is missing,
+        broken or no SD1.x UNet.
         """
         tensors, config, path = weights.read_part(source, "unet")
         check_config(config, path)
@@ -351,8 +358,10 @@ class UNet(nn.Module):
         channels = weights.widths(tensors, names, path)
         key = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
         context_dim = tensors[key].shape[1] if key in tensors else CONTEXT_DIM
+        layers = 2 if "down_blocks.0.resnets.1.conv1.weight" in tensors else 1
         with torch.device("meta"):
-            unet = cls(channels, config.get("attention_head_dim", num_heads), context_dim)
+            unet = cls(channels, config.get("attention_head_dim", num_heads), context_dim,
+                       layers=layers)
         weights.load_strict(unet, tensors, path)
         return unet
 

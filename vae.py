@@ -16,6 +16,7 @@ import weights
 CHANNELS = (128, 256, 512, 512)  # SD1.5, per level: 1/1, 1/2, 1/4, 1/8
 LATENT_CHANNELS = 4  # of SD1.5
 GROUPS = 32  # of every GroupNorm, in SD1.5
+LAYERS = 2  # residual blocks per level, in SD1.5
 EPS = 1e-6
 
 
@@ -70,12 +71,12 @@ class Downsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Two residual blocks, then half the size on all levels but the last."""
+    """Residual blocks (two in SD1.5), then half the size on all levels but the last."""
 
-    def __init__(self, c_in: int, c_out: int, groups: int, downsample: bool):
+    def __init__(self, c_in: int, c_out: int, groups: int, layers: int, downsample: bool):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c_in, c_out, groups),
-                                      ResnetBlock(c_out, c_out, groups)])
+        inputs = [c_in] + [c_out] * (layers - 1)
+        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, groups) for c in inputs])
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,15 +102,15 @@ class MidBlock(nn.Module):
 class Encoder(nn.Module):
     """Image -> the 8 moments (4 means, 4 log-variances), before `quant_conv`."""
 
-    def __init__(self, channels: tuple[int, ...], moments: int, groups: int):
+    def __init__(self, channels: tuple[int, ...], moments: int, groups: int, layers: int):
         super().__init__()
         c0, c1, c2, c3 = channels
         self.conv_in = nn.Conv2d(3, c0, 3, padding=1)
         self.down_blocks = nn.ModuleList([
-            DownBlock(c0, c0, groups, downsample=True),                    # 1/1 -> 1/2
-            DownBlock(c0, c1, groups, downsample=True),                    # 1/2 -> 1/4
-            DownBlock(c1, c2, groups, downsample=True),                    # 1/4 -> 1/8
-            DownBlock(c2, c3, groups, downsample=False),                   # 1/8
+            DownBlock(c0, c0, groups, layers, downsample=True),                    # 1/1 -> 1/2
+            DownBlock(c0, c1, groups, layers, downsample=True),                    # 1/2 -> 1/4
+            DownBlock(c1, c2, groups, layers, downsample=True),                    # 1/4 -> 1/8
+            DownBlock(c2, c3, groups, layers, downsample=False),                   # 1/8
         ])
         self.mid_block = MidBlock(c3, groups)
         self.conv_norm_out = nn.GroupNorm(groups, c3, eps=EPS)
@@ -128,10 +129,11 @@ class VAEEncoder(nn.Module):
     """SD1.5's VAE encoder; `channels` per level, multiples of the GroupNorms' `groups`."""
 
     def __init__(self, channels: tuple[int, ...] = CHANNELS,
-                 latent_channels: int = LATENT_CHANNELS, groups: int = GROUPS):
+                 latent_channels: int = LATENT_CHANNELS, groups: int = GROUPS,
+                 layers: int = LAYERS):
         super().__init__()
         self.channels, self.latent_channels = tuple(channels), latent_channels
-        self.encoder = Encoder(self.channels, 2 * latent_channels, groups)
+        self.encoder = Encoder(self.channels, 2 * latent_channels, groups, layers)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:

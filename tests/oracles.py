@@ -25,24 +25,24 @@ def relative_error(ours: Tensor, oracle: Tensor) -> float:
     return ((ours - oracle).abs().max() / oracle.abs().max()).item()
 
 
-def diffusers_unet(channels=LEVELS, heads: int = 8, context_dim: int = 48):
+def diffusers_unet(channels=LEVELS, heads: int = 8, context_dim: int = 48, layers: int = 2):
     """diffusers' UNet with SD1.5's configuration, at the given width, random weights."""
     return randomise(UNet2DConditionModel(
         block_out_channels=channels, attention_head_dim=heads, cross_attention_dim=context_dim,
-        sample_size=64))
+        layers_per_block=layers, sample_size=64))
 
 
-def diffusers_vae(channels=LEVELS):
+def diffusers_vae(channels=LEVELS, layers: int = 2):
     """diffusers' AutoencoderKL with SD1.5's configuration, at the given width, random weights."""
     return randomise(AutoencoderKL(
-        block_out_channels=channels, latent_channels=4, layers_per_block=2,
+        block_out_channels=channels, latent_channels=4, layers_per_block=layers,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4))
 
 
 def hooked_features(unet: UNet2DConditionModel, latents, temb_or_t, context) -> tuple:
     """(output, four features) of diffusers' UNet, the features read by forward hooks."""
-    taps = [unet.up_blocks[3].attentions[2], unet.up_blocks[2].attentions[1],
-            unet.up_blocks[1].attentions[1], unet.up_blocks[0].resnets[1]]
+    taps = [unet.up_blocks[3].attentions[-1], unet.up_blocks[2].attentions[-2],
+            unet.up_blocks[1].attentions[-2], unet.up_blocks[0].resnets[-2]]
     features = {}
     handles = []
     for i, module in enumerate(taps):

@@ -15,6 +15,7 @@ import augment
 import depth_data
 import errors
 import eval as evaluation
+import recipes
 import train
 from errors import InputError
 
@@ -68,7 +69,7 @@ def lists(root, dataset, train_lines, val_lines):
 def spec_of(flags):
     """The recipe as a dict that the flags give."""
     from dataclasses import asdict
-    return asdict(train.resolve(train.parse([*flags, "--out", "nowhere"])))
+    return asdict(recipes.resolve(recipes.parse([*flags, "--out", "nowhere"])))
 
 
 def test_nyu_is_read_in_metres(tmp_path):

@@ -15,6 +15,7 @@ from oracles import relative_error
 from safetensors.torch import load_file
 
 import eval as evaluation
+import predict
 import official
 from errors import InputError
 from model import MetaPromptModel
@@ -85,9 +86,9 @@ def test_sliding_window_equals_the_authors(tmp_path):
     """Probabilities after the authors' sliding window (128, stride 85) on a 160x224 image."""
     info, tensors, _ = full("seg")
     model = load_fixture(info, tmp_path)
-    protocol = evaluation.Protocol(None, info["slide"]["crop"][0], info["slide"]["stride"][0])
+    protocol = predict.Protocol(None, info["slide"]["crop"][0], info["slide"]["stride"][0])
     images = (tensors["slide_image"] + 1) / 2
-    probs = evaluation.predict_seg(model, images, images.shape[-2:], protocol, torch.float32)
+    probs = predict.predict_seg(model, images, images.shape[-2:], protocol, torch.float32)
     error = relative_error(probs, tensors["slide_prob"])
     print(f"\nslide {error:.1e}")
     assert error < 1e-4

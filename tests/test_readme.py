@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import eval as evaluation
+import predict
+import recipes
 import train
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +39,7 @@ def test_every_train_command_of_the_readme_parses():
     for line in lines:
         arguments = line.split()
         if "--resume" not in arguments:
-            train.resolve(train.parse(arguments))
+            recipes.resolve(recipes.parse(arguments))
 
 
 def test_every_eval_command_of_the_readme_parses(monkeypatch):
@@ -48,4 +50,4 @@ def test_every_eval_command_of_the_readme_parses(monkeypatch):
         monkeypatch.setattr("sys.argv", ["eval.py", *command.split()])
         args = evaluation.parse()
         if args.official:
-            evaluation.find_protocol(args.task, args.dataset)
+            predict.find_protocol(args.task, args.dataset)

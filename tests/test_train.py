@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import errors
 import eval as evaluation
+import predict
+import recipes
 import train
 from errors import InputError
 
@@ -26,7 +28,7 @@ TINY = ["--unet-channels", "32", "32", "64", "64", "--vae-channels", "32", "32",
 
 def recipe(out, *flags):
     """The shapes recipe at a size that trains in a second."""
-    return train.resolve(train.parse([*TINY, "--out", str(out), *map(str, flags)]))
+    return recipes.resolve(recipes.parse([*TINY, "--out", str(out), *map(str, flags)]))
 
 
 def run(command, monkeypatch, capsys, *flags):
@@ -56,38 +58,38 @@ def make_folder(root, sizes=((80, 70),) * 4):
 
 def test_learning_rate_meets_the_golden_values():
     """Linear decay over 80,000 steps under a 1,500-step warm-up, as mmcv computes it."""
-    paper = train.RECIPES["seg", "ade20k"]
+    paper = recipes.RECIPES["seg", "ade20k"]
     golden = {0: 8.000000000230046e-11, 1: 5.34126123340009e-08, 750: 3.9625039625000005e-05,
               1499: 7.844866605233402e-05, 1500: 7.85e-05, 1501: 7.849900000000001e-05,
               40000: 4e-05, 79999: 9.999999999976695e-10}
     for step, lr in golden.items():
-        assert paper.lr * train.lr_factor(step, paper) == pytest.approx(lr, rel=1e-9), step
+        assert paper.lr * recipes.lr_factor(step, paper) == pytest.approx(lr, rel=1e-9), step
 
 
 @pytest.mark.parametrize("dataset,per_epoch", [("nyu", 1009), ("kitti", 965)])
 def test_depth_learning_rate_meets_the_golden_values(dataset, per_epoch):
     """Up to the end of epoch 12, down to epoch 24, then the minimum; power 0.9."""
     golden = json.loads((Path(__file__).parent / "golden" / "depth.json").read_text())["depth_lr"]
-    recipe = train.RECIPES["depth", dataset]
+    recipe = recipes.RECIPES["depth", dataset]
     assert recipe.iterations == 25 * per_epoch
     if dataset == "nyu":
         for step, lr in golden["values"].items():
-            found = recipe.lr * train.lr_factor(int(step) - 1, recipe)
+            found = recipe.lr * recipes.lr_factor(int(step) - 1, recipe)
             assert found == pytest.approx(lr, rel=1e-9), step
 
 
 def test_the_ade20k_recipe_is_the_papers():
     """Table 6 and the released configuration, field by field."""
-    paper = train.RECIPES["seg", "ade20k"]
+    paper = recipes.RECIPES["seg", "ade20k"]
     assert (paper.lr, paper.weight_decay, paper.batch, paper.warmup) == (8e-5, 1e-3, 16, 1500)
     assert (paper.num_prompts, paper.refine_steps, paper.iterations) == (150, 3, 80_000)
     assert (paper.crop, paper.scale, paper.unet_lr_mult) == (512, (2048, 512), 0.1)
-    assert set(train.RECIPES) == set(evaluation.PROTOCOLS)
+    assert set(recipes.RECIPES) == set(predict.PROTOCOLS)
 
 
 def test_every_field_is_a_flag(tmp_path):
     """Each field of Recipe can be set on the command line and arrives with its type."""
-    changed = replace(train.RECIPES["seg", "shapes"], seed=3, lr=0.5, compile=True, dropout=0.1,
+    changed = replace(recipes.RECIPES["seg", "shapes"], seed=3, lr=0.5, compile=True, dropout=0.1,
                       scale=(64, 32), out=str(tmp_path / "x"), crop=64, num_prompts=7)
     flags = []
     for name, value in asdict(changed).items():
@@ -98,7 +100,7 @@ def test_every_field_is_a_flag(tmp_path):
             flags += [flag, *map(str, value)]
         elif value is not None:
             flags += [flag, str(value)]
-    assert train.resolve(train.parse(flags)) == changed
+    assert recipes.resolve(recipes.parse(flags)) == changed
 
 
 def test_accumulation_sums_the_micro_batches(tmp_path):
@@ -162,7 +164,7 @@ def test_training_learns_and_writes_everything(tmp_path, capsys):
     out = tmp_path / "run"
     flags = [*TINY, "--dataset", "folder", "--backbone", "tiny", "--data", str(data), "--out",
              str(out), "--iterations", "12", "--lr", "3e-3", "--warmup", "1"]
-    train.train(train.resolve(train.parse(flags)), resume=False)
+    train.train(recipes.resolve(recipes.parse(flags)), resume=False)
     records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert records[11]["loss"] < 0.8 * records[0]["loss"]
     assert {"loss", "ce", "lovasz", "aux", "lr", "images_per_s", "data_wait", "peak_gb"} < \
@@ -210,7 +212,7 @@ BAD_FLAGS = [
     (["--task", "flow"], "flow is unknown"),
     (["--micro-batch", "1"], "BatchNorm"),
     (["--batch", "5"], "no multiple of --micro-batch"),
-    (["--crop", "100"], "multiple of 64"),
+    (["--crop", "100"], "no multiple of 64"),
     (["--unet-channels", "320", "640", "1280", "1280"], "--init random"),
     (["--unet-channels", "32", "44", "64", "64"], "multiples of"),
     (["--iterations", "0"], "--iterations 0"),
@@ -269,8 +271,8 @@ def test_no_run_is_overwritten(tmp_path, monkeypatch, capsys):
     code, stderr = run(train.main, monkeypatch, capsys, *TINY, "--out", out)
     assert code == 2 and "--resume" in stderr
     monkeypatch.chdir(tmp_path)
-    assert train.free_folder("r") == "r-2"
-    assert train.free_folder("s") == "s"
+    assert recipes.free_folder("r") == "r-2"
+    assert recipes.free_folder("s") == "s"
 
 
 def test_resume_takes_no_other_flags(tmp_path, monkeypatch, capsys):

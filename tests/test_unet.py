@@ -60,6 +60,20 @@ def test_equals_diffusers(pair, size, N):
         assert relative_error(features[i], expected[i]) < 1e-5
 
 
+def test_a_distilled_unet_equals_diffusers(tmp_path):
+    """With one layer per block, as in BK-SDM-Base, the file tells, and all features are equal."""
+    oracle = diffusers_unet(context_dim=CONTEXT, layers=1)
+    oracle.save_pretrained(tmp_path / "unet")
+    ours = UNet.from_pretrained(str(tmp_path)).eval()
+    latents, t, context = inputs((16, 24), N=50)
+    with torch.no_grad():
+        output, expected = hooked_features(oracle, latents, t, context)
+        features = ours(latents, ours.embed_timestep(t), context)
+        assert relative_error(ours.to_latents(features[0]), output) < 1e-5
+    for i in range(4):
+        assert relative_error(features[i], expected[i]) < 1e-5
+
+
 def test_features_have_the_papers_sizes(pair):
     """Finest first: C0..C3 channels at 1, 1/2, 1/4, 1/8 of the latents."""
     _, ours = pair
@@ -189,7 +203,7 @@ def test_loads_a_diffusers_folder(pair, tmp_path, name):
 
 
 @pytest.mark.parametrize("key,value", [
-    ("use_linear_projection", True), ("layers_per_block", 1), ("attention_head_dim", [5, 10, 20]),
+    ("use_linear_projection", True), ("attention_head_dim", [5, 10, 20]),
     ("down_block_types", ["DownBlock2D"] * 4), ("act_fn", "gelu"), ("in_channels", 9)])
 def test_refuses_another_architecture(pair, tmp_path, key, value):
     """A config.json of another model (SD2, inpainting) is refused by the field that differs."""

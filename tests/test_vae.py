@@ -50,6 +50,16 @@ def test_equals_the_posterior_mean(pair, size):
     assert expected.shape[-2:] == (size[0] // 8, size[1] // 8)
 
 
+def test_one_layer_per_level_equals_diffusers():
+    """A shallower encoder, one residual block per level, equals diffusers', too (< 1e-5)."""
+    oracle = diffusers_vae(layers=1)
+    ours = VAEEncoder(LEVELS, layers=1).eval()
+    ours.load_state_dict(encoder_part(oracle))
+    images = torch.rand(2, 3, 64, 40) * 2 - 1
+    with torch.no_grad():
+        assert relative_error(ours(images), oracle.encode(images).latent_dist.mean) < 1e-5
+
+
 def test_gradients_equal_diffusers(pair):
     """Gradients of the image and the first and last convolution equal diffusers'."""
     oracle, ours = pair
