@@ -21,6 +21,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
 
+import city_data
 import data
 import depth_data
 import oks
@@ -54,6 +55,8 @@ def open_set(spec: dict, split: str):
     if spec["task"] == "depth":
         return depth_data.open_dataset(spec, split)
     scale = spec["scale"] if split == "train" else protocol.scale
+    if spec["dataset"] in city_data.NAMES:
+        return city_data.open_dataset(spec, split, scale)
     return data.open_dataset(spec["dataset"], spec["data"], split, size=spec["crop"], scale=scale,
                              seed=spec["seed"])
 
@@ -74,16 +77,23 @@ def on_device(dataset, batch: int, workers: int, device: torch.device):
 
 
 def evaluate_seg(model: MetaPromptModel, dataset, protocol: Protocol, dtype: torch.dtype, *,
-                 workers: int = 0, sheet: Path | None = None) -> dict:
-    """Metrics of the whole set; with `sheet` also a PNG of some images, truth and prediction."""
+                 workers: int = 0, sheet: Path | None = None, export: Path | None = None) -> dict:
+    """Metrics of the whole set.
+
+    `sheet`: a PNG of some images, truth and prediction.  `export`: a folder for label PNGs as the
+    benchmark's server wants them.
+    """
     device = next(model.parameters()).device
     num_classes = len(dataset.classes.names)
     counts = torch.zeros(num_classes, num_classes, dtype=torch.long, device=device)
     rows = []
-    for _, images, target, drawn in on_device(dataset, protocol.batch, workers, device):
+    for batch, images, target, drawn in on_device(dataset, protocol.batch, workers, device):
         probs = predict_seg(model, images, target.shape[-2:], protocol, dtype)
         prediction = probs.argmax(dim=1)
         counts += confusion(prediction, target, num_classes)
+        if export is not None:
+            for i, name in enumerate(batch["name"]):
+                data.export_labels(export, name, prediction[i].cpu().numpy(), dataset.classes)
         rows += [(images[i].cpu(), target[i].cpu(), prediction[i].cpu()) for i in drawn]
     if sheet is not None:
         pictures.save_seg_sheet(sheet, rows, dataset.classes)
@@ -250,8 +260,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", help="pose: folder of their images")
     parser.add_argument("--boxes", help="pose: detected boxes; default: the annotated people's")
     parser.add_argument("--out", help="folder for pictures and metrics; default: RUN/eval")
-    parser.add_argument("--export", help="depth: folder for 16-bit PNGs in the benchmark's unit; "
-                                         "pose: for keypoints.json (default: --out)")
+    parser.add_argument("--export", help="folder for seg: label PNGs as the benchmark's server "
+                        "wants them; depth: 16-bit PNGs in its unit; pose: keypoints.json")
     parser.add_argument("--save", help="write the model in our format into this folder")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"],
@@ -306,7 +316,8 @@ def main() -> None:
     sheet, export = out / "pictures.png", Path(args.export) if args.export else None
     model.eval()
     if spec["task"] == "seg":
-        metrics = evaluate_seg(model, dataset, protocol, dtype, workers=args.workers, sheet=sheet)
+        metrics = evaluate_seg(model, dataset, protocol, dtype, workers=args.workers,
+                               sheet=sheet, export=export)
         print_table(metrics, dataset.classes.names)
     elif spec["task"] == "depth":
         metrics = evaluate_depth(model, dataset, protocol, dtype, workers=args.workers,

@@ -22,6 +22,10 @@ class Recipe:
     train_list: str | None = None  # nyu, kitti: '<rgb> <depth>' lines
     val_list: str | None = None
     depth_scale: float = 1000.0  # folder depth: PNG units per metre
+    extra_images: str = "leftImg8bit/train_extra"  # cityscapes-extra: folders below --data
+    extra_labels: str = "convert_autolabelled"  # official; others: see city_data.py
+    extra_suffix: str = "_gtFine_labelTrainIds.png"  # instead of _leftImg8bit.png
+    extra_label_ids: bool = False  # they hold label ids although their names don't say so
     train_json: str | None = None  # pose: annotations in COCO's format, instead of the layout's
     val_json: str | None = None
     images: str | None = None  # pose: folder of both splits' images, instead of the layout's
@@ -96,6 +100,9 @@ TINY_POSE = {**TINY, "crop": 128, "crop_width": 128, "sigma": 2.0, "deconv_chann
              "schedule": "poly", "lr": 3e-3, "iterations": 300, "eval_every": 150, "batch": 16,
              "micro_batch": 16, "clip": 0.0, "val_scenes": 100}
 
+CITYSCAPES = Recipe(  # paper A.1 and Table 6; official: configs/cityscapes.py
+    dataset="cityscapes", crop=1024, scale=(2048, 1024), dropout=0.1)
+
 DEPTH = Recipe(  # paper Table 7 and A.2; spec B.4
     task="depth", dataset="nyu", num_prompts=50, shared_prompts=False, prompt_adapter=True,
     head_channels=192, max_depth=10.0, resize_scale=1, iterations=25 * 1009, batch=24,
@@ -112,6 +119,9 @@ RECIPES = {
     ("seg", "shapes"): replace(Recipe(dataset="shapes"), **TINY),
     ("seg", "folder"): Recipe(dataset="folder", scale=None),  # ours: ADE20K's, images at own size
     ("seg", "ade20k"): Recipe(),
+    ("seg", "cityscapes"): CITYSCAPES,
+    ("seg", "cityscapes-extra"): replace(CITYSCAPES, dataset="cityscapes-extra", refine_steps=1),
+    ("seg", "mapillary"): replace(CITYSCAPES, dataset="mapillary"),  # ours: no schedule released
     ("depth", "shapes"): replace(DEPTH, dataset="shapes", **TINY_DEPTH),
     ("depth", "folder"): replace(DEPTH, dataset="folder", max_depth=80.0),  # ours
     ("depth", "nyu"): DEPTH,
@@ -150,7 +160,8 @@ def lr_factor(step: int, recipe: Recipe) -> float:
 
 def flag_type(annotation):
     """How argparse reads a field of this annotation."""
-    return {int: int, float: float}.get(annotation, int if "tuple" in str(annotation) else str)
+    kinds = {int: int, float: float, int | None: int}
+    return kinds.get(annotation, int if "tuple" in str(annotation) else str)
 
 
 def parse(arguments: list[str], description: str = "") -> argparse.Namespace:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import heads
+import pose
 from heads import IGNORE, ConvBNReLU, FCNHead, PyramidNeck, SegHead, UPerHead
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "seg.json").read_text())["losses"]
@@ -423,3 +424,43 @@ def test_depth_lies_between_zero_and_the_maximum(size):
             p.normal_(std=5)
         depth = head(maps, size)
     assert depth.min() >= 0 and depth.max() <= 10 and depth.std() > 0.1
+
+
+# ------------------------------------------------------------------------------------------------
+# Pose
+
+@pytest.mark.parametrize("widths,count,factor", [((256,), 619_281, 2), ((256, 256), 1_668_369, 4)])
+def test_pose_head_doubles_per_deconvolution(widths, count, factor):
+    """150 maps of 9 x 7 -> 17 heatmaps, twice as large per width; parameters as the spec counts."""
+    head = heads.PoseHead(150, widths, 4.0)
+    assert sum(p.numel() for p in head.parameters()) == count
+    assert head([torch.randn(2, 150, 9, 7)]).shape == (2, 17, 9 * factor, 7 * factor)
+    assert head.stride == 8 / factor
+
+
+def test_pose_head_starts_as_simple_baselines_do():
+    """Weights N(0, 0.001), no bias, so the first heatmaps are flat: the loss is the targets'."""
+    head = heads.PoseHead(64, (32,), 2.0)
+    for module in (head.deconv_layers[0], head.final_layer):
+        assert module.weight.std().item() == pytest.approx(0.001, rel=0.1)
+    assert not head.final_layer.bias.any()
+    joints = torch.full((2, 17, 3), 32.0)
+    joints[..., 2] = 1
+    loss = head.loss([torch.randn(2, 64, 8, 8)], joints)["mse"]
+    blob = 2 * math.pi * 2 ** 2 / 2 / 16 ** 2            # mean of a squared Gaussian, sigma 2
+    assert loss.item() == pytest.approx(blob, rel=0.05)
+
+
+def test_pose_loss_is_the_weighted_mean_square_over_everything():
+    """By hand: squared differences of labelled joints, divided by all joints and pixels."""
+    torch.manual_seed(0)
+    head = heads.PoseHead(6, (8,), 1.0).eval()
+    nn.init.normal_(head.final_layer.weight)
+    maps = [torch.randn(2, 6, 8, 6)]
+    joints = torch.rand(2, 17, 3) * torch.tensor([48.0, 64.0, 1.0])
+    joints[..., 2] = joints[..., 2].round()
+    wanted, _ = pose.heatmap_targets(joints, (64, 48), (16, 12), 1.0)
+    squares = (head(maps) - wanted).square().mean(dim=(2, 3)) * joints[..., 2]
+    assert head.loss(maps, joints)["mse"].item() == pytest.approx(squares.mean().item(), rel=1e-6)
+    unlabelled = joints * torch.tensor([1.0, 1.0, 0.0])
+    assert head.loss(maps, unlabelled)["mse"].item() == 0

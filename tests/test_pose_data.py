@@ -13,9 +13,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import data
+import errors
+import eval as eval_command
+import oks
 import pose
 import pose_data
+import recipes
 import shapes
+import train
 from errors import InputError
 
 CROP = (64, 48)
@@ -397,3 +402,59 @@ def test_perfect_heatmaps_score_one(capsys):
     evaluation.accumulate()
     evaluation.summarize()
     assert len(results) >= 6 and evaluation.stats[0] > 0.999
+
+
+# ------------------------------------------------------------------------------------------------
+# The commands
+
+SMALL = ["--backbone", "tiny", "--unet-channels", "32", "32", "64", "64", "--vae-channels", "32",
+         "32", "32", "32", "--context-dim", "16", "--num-prompts", "4", "--deconv-channels", "8",
+         "--refine-steps", "2", "--batch", "2", "--micro-batch", "2", "--precision", "float32",
+         "--workers", "0", "--log-every", "1", "--iterations", "2", "--save-every", "1",
+         "--eval-every", "2", "--crop", "128", "--crop-width", "64", "--sigma", "1"]
+
+
+def test_a_miniature_set_trains_resumes_and_evaluates(tmp_path, monkeypatch, capsys):
+    """The real commands on a COCO-format folder: train, resume, evaluate on both kinds of boxes."""
+    write_set(tmp_path)
+    out, boxes = tmp_path / "run", write_boxes(tmp_path, [detection(score=0.9)])["boxes"]
+    for command, flags in (
+            (train.main, ["--task", "pose", "--dataset", "folder", "--data", str(tmp_path), *SMALL,
+                          "--out", str(out)]),
+            (train.main, ["--resume", str(out)]),
+            (eval_command.main, ["--checkpoint", str(out), "--workers", "0", "--precision",
+                                 "float32"]),
+            (eval_command.main, ["--checkpoint", str(out), "--workers", "0", "--precision",
+                                 "float32", "--boxes", boxes, "--out", str(tmp_path / "found")])):
+        monkeypatch.setattr("sys.argv", ["command", *flags])
+        errors.run_command(command)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert {"mse", "loss"} <= records[0].keys() and {"AP", "AR", "PCK"} <= records[-1].keys()
+    report = json.loads((out / "eval" / "metrics.json").read_text())
+    assert report["images"] == 2 and report["PCK"] == pytest.approx(records[-1]["PCK"])
+    found = json.loads((tmp_path / "found" / "metrics.json").read_text())
+    assert found["images"] == 1 and "PCK" not in found
+    assert [r["image_id"] for r in oks.read_results(tmp_path / "found" / "keypoints.json")] == [7]
+    assert "(found.json)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_full_recipe_takes_a_step_in_bfloat16(tmp_path):
+    """COCO's recipe at SD1.5's width, 576 x 448, T = 3: one optimiser step, in less than 22 GB."""
+    recipe = replace(recipes.RECIPES["pose", "coco"], backbone="tiny", init="random", batch=2,
+                     micro_batch=2, out=str(tmp_path))
+    recipes.check(recipe)
+    torch.manual_seed(0)
+    model = train.build_model(recipe, ())
+    model.unet.gradient_checkpointing = recipe.gradient_checkpointing
+    optimizer = train.build_optimizer(model, recipe)
+    people = pose_data.ShapesPose(2, training=True, crop=(576, 448), size=448)
+    batch = next(iter(data.train_loader(people, 2, 0, 0, 0)))
+    before = model.prompts.detach().clone()
+    losses = train.train_step(model.loss, optimizer, iter([batch]), recipe, 400,
+                              torch.device("cpu"), torch.bfloat16)
+    peak = train.peak_gb(torch.device("cpu"))
+    print(f"loss {losses['loss']:.6f}, peak memory {peak:.1f} GB")
+    assert losses["loss"] > 0 and not torch.equal(before, model.prompts)
+    assert sum(p.numel() for p in model.parameters()) > 859_520_964 + 34_000_000
+    assert peak < 22
