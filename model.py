@@ -41,6 +41,7 @@ class Config:
     refine_steps: int = 3  # T; paper 4.3
     shared_prompts: bool = True  # one matrix for all passes (official seg), or one per pass (depth)
     prompt_adapter: bool = False  # Linear-GELU-Linear on the prompts (official depth only)
+    fixed_prompts: bool = False  # text embeddings, not trained; only their adapter is (Table 5)
     modulated_timestep: bool = True  # False: SD's own embedding of t=0 in each pass (Table 5)
     rearrange: bool = True  # False: the head reads the projected features themselves (Table 5)
     latent_scale: float = 1.0  # official: no factor; Stable Diffusion itself uses 0.18215
@@ -138,6 +139,7 @@ class MetaPromptModel(nn.Module):
         """Fix what the method does not train, and what no gradient reaches."""
         self.vae.requires_grad_(self.config.train_encoder)                 # 3.1
         self.unet.time_embedding.requires_grad_(False)                     # 3.3: replaced by temb
+        self.prompts.requires_grad_(not self.config.fixed_prompts)         # Table 5
         if self.config.refine_steps == 1:                                  # its output is not read
             self.unet.conv_norm_out.requires_grad_(False)
             self.unet.conv_out.requires_grad_(False)

@@ -7,6 +7,8 @@ import argparse
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from torch import Tensor
+
 import predict
 import weights
 from errors import InputError
@@ -35,10 +37,14 @@ class Recipe:
 
     backbone: str = weights.SD15  # hub id, folder, single file; "tiny": small, from random weights
     init: str = "auto"  # "random" must be given to train a full-width backbone from nothing
+    init_from: str | None = None  # run to start from, for a second stage (Mapillary -> Cityscapes)
     num_prompts: int = 150  # N; paper Table 6
     refine_steps: int = 3  # T; paper Table 5
     shared_prompts: bool = True  # official: one matrix for all passes (seg), one per pass (depth)
-    prompt_adapter: bool = False  # official: depth only
+    prompt_adapter: bool = False  # official: depth only; comes with `prompts`
+    prompts: str | None = None  # .safetensors of one tensor (N, D): fixed text embeddings (Table 5)
+    modulated_timestep: bool = True  # False: SD's embedding of t=0 in every pass (paper Table 5)
+    rearrange: bool = True  # False: the head reads the projected features (paper Table 5)
     latent_scale: float = 1.0  # official; 0.18215 is Stable Diffusion's
     head_channels: int = 512  # official: UPerHead 512, depth decoder 192; not in pose
     max_depth: float = 10.0  # depth, metres
@@ -158,6 +164,9 @@ def lr_factor(step: int, recipe: Recipe) -> float:
 # ------------------------------------------------------------------------------------------------
 # Command line
 
+COMMANDS = ("resume", "ablate", "ablate_seeds", "ablate_variants")  # flags that are no fields
+
+
 def flag_type(annotation):
     """How argparse reads a field of this annotation."""
     kinds = {int: int, float: float, int | None: int}
@@ -165,10 +174,14 @@ def flag_type(annotation):
 
 
 def parse(arguments: list[str], description: str = "") -> argparse.Namespace:
-    """One flag per field of Recipe, plus --resume; a flag not given is None."""
+    """One flag per field of Recipe, plus those in COMMANDS; a flag not given is None."""
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", metavar="RUN", help="continue RUN with its own recipe")
+    parser.add_argument("--ablate", action="store_true", default=None,
+                        help="run all variants of the paper's Table 5 (ablate.py)")
+    parser.add_argument("--ablate-seeds", type=int, metavar="K", help="runs per variant, default 3")
+    parser.add_argument("--ablate-variants", nargs="+", metavar="NAME", help="only these")
     for field in fields(Recipe):
         name = "--" + field.name.replace("_", "-")
         if field.type is bool:
@@ -182,10 +195,13 @@ def parse(arguments: list[str], description: str = "") -> argparse.Namespace:
 def resolve(args: argparse.Namespace) -> Recipe:
     """Recipe of the data set, with what was given on the command line; InputError if impossible."""
     given = {k: tuple(v) if isinstance(v, list) else v
-             for k, v in vars(args).items() if v is not None and k != "resume"}
+             for k, v in vars(args).items() if v is not None and k not in COMMANDS}
+    if (args.ablate_seeds or args.ablate_variants) and not args.ablate:
+        raise InputError("--ablate-seeds and --ablate-variants go with --ablate")
     if args.resume:
-        if given:
-            raise InputError(f"--resume takes the run's recipe: leave out --{next(iter(given))}")
+        if given or args.ablate:
+            name = next(iter(given), "ablate")
+            raise InputError(f"--resume takes the run's recipe: leave out --{name}")
         return replace(read_recipe(Path(args.resume) / "recipe.json"), out=args.resume)
     task, dataset = given.get("task", "seg"), given.get("dataset", "shapes")
     predict.find_protocol(task, dataset)
@@ -194,7 +210,43 @@ def resolve(args: argparse.Namespace) -> Recipe:
         recipe = replace(recipe, **TINY_OF[task])
     recipe = replace(recipe, **given)
     check(recipe)
-    return replace(recipe, out=recipe.out or free_folder(f"runs/{recipe.task}-{recipe.dataset}"))
+    if recipe.prompts:
+        recipe = with_prompts(recipe, given)
+    default = f"runs/{recipe.task}-{recipe.dataset}"     # an ablation goes on where it was stopped
+    return replace(recipe, out=recipe.out or (default if args.ablate else free_folder(default)))
+
+
+def with_prompts(recipe: Recipe, given: dict) -> Recipe:
+    """The recipe for --prompts: N is the file's, and there is an adapter unless it was ruled out.
+
+    The paper compares label and caption prompts (4.3) without saying how they enter the model; that
+    they go through the depth model's adapter is ours.
+    """
+    count = len(read_prompts(Path(recipe.prompts), recipe.context_dim))
+    if given.get("num_prompts", count) != count:
+        raise InputError(f"--num-prompts {recipe.num_prompts}: --prompts {recipe.prompts} holds "
+                         f"{count}, which is N; leave --num-prompts out")
+    return replace(recipe, num_prompts=count, prompt_adapter=given.get("prompt_adapter", True))
+
+
+def read_prompts(path: Path, dim: int) -> Tensor:
+    """The one tensor of a .safetensors file, (N, dim), in float32; InputError for anything else."""
+    wanted = f"one tensor (N, {dim}), a text embedding per row, is wanted"
+    if not path.is_file():
+        raise InputError(f"--prompts {path} does not exist")
+    if path.suffix != ".safetensors":
+        raise InputError(f"--prompts {path} is no .safetensors file: {wanted}")
+    tensors = weights.read_tensors(path)
+    if len(tensors) > 1:
+        raise InputError(f"--prompts {path} holds {len(tensors)} tensors: {wanted}")
+    (name, tensor), = tensors.items()
+    if tensor.ndim != 2 or not len(tensor) or tensor.shape[1] != dim:
+        raise InputError(f"--prompts {path}: {name} has shape {tuple(tensor.shape)}, {wanted}; "
+                         f"{dim} is --context-dim, the width that the UNet reads")
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        raise InputError(f"--prompts {path}: {name} holds values that are no finite floats "
+                         f"({tensor.dtype}); {wanted}")
+    return tensor.float()
 
 
 def check(recipe: Recipe) -> None:

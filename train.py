@@ -7,6 +7,8 @@
     python train.py --task depth --dataset nyu --data PATH --train-list FILE --val-list FILE
     python train.py --task pose                                      the same people, 17 joints
     python train.py --task pose --dataset coco --data PATH           the paper's size on SD1.5
+    python train.py --task seg --dataset cityscapes --data PATH --init-from runs/seg-mapillary
+    python train.py --task seg --ablate                              the paper's Table 5 (ablate.py)
     python train.py --resume runs/seg-ade20k                         go on, exact to the bit
 
 Every field of Recipe (recipes.py) is a flag.
@@ -17,48 +19,121 @@ import math
 import resource
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub.utils import tqdm
 
+import ablate
 import checkpoint
 import data
 import eval as evaluation
 import predict
 import weights
 from errors import InputError, run_command
-from model import Config, MetaPromptModel
-from recipes import Recipe, lr_factor, parse, resolve
+from model import Config, MetaPromptModel, read_config
+from recipes import Recipe, lr_factor, parse, read_prompts, resolve
 
 
 # ------------------------------------------------------------------------------------------------
 # Pieces of the loop
 
-def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> MetaPromptModel:
-    """A new model: on pretrained weights, or from random ones (whose encoder is trained, too)."""
-    tiny = recipe.backbone == "tiny"
-    config = Config(
+def model_config(recipe: Recipe, class_names: tuple[str, ...]) -> Config:
+    """What the recipe says about the model."""
+    return Config(
         task=recipe.task, num_prompts=recipe.num_prompts, refine_steps=recipe.refine_steps,
         shared_prompts=recipe.shared_prompts, prompt_adapter=recipe.prompt_adapter,
-        latent_scale=recipe.latent_scale, num_classes=len(class_names), class_names=class_names,
+        fixed_prompts=recipe.prompts is not None, modulated_timestep=recipe.modulated_timestep,
+        rearrange=recipe.rearrange, latent_scale=recipe.latent_scale,
+        num_classes=len(class_names), class_names=class_names,
         head_channels=recipe.head_channels, max_depth=recipe.max_depth,
         resize_scale=recipe.resize_scale, deconv_channels=recipe.deconv_channels,
         sigma=recipe.sigma, dropout=recipe.dropout,
-        train_encoder=tiny or recipe.init == "random", unet_channels=recipe.unet_channels,
-        vae_channels=recipe.vae_channels, context_dim=recipe.context_dim,
-        num_heads=recipe.num_heads, latent_channels=recipe.latent_channels,
-        norm_groups=recipe.norm_groups, unet_layers=recipe.unet_layers,
-        vae_layers=recipe.vae_layers)
+        train_encoder=recipe.backbone == "tiny" or recipe.init == "random",
+        unet_channels=recipe.unet_channels, vae_channels=recipe.vae_channels,
+        context_dim=recipe.context_dim, num_heads=recipe.num_heads,
+        latent_channels=recipe.latent_channels, norm_groups=recipe.norm_groups,
+        unet_layers=recipe.unet_layers, vae_layers=recipe.vae_layers)
+
+
+def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> MetaPromptModel:
+    """A new model: on pretrained weights, on another run's, or from random ones (whose encoder is
+    trained, too).
+    """
+    config = model_config(recipe, class_names)
     torch.manual_seed(recipe.seed)
-    if config.train_encoder:
+    if recipe.init_from:
+        model = second_stage(config, recipe.init_from)
+    elif config.train_encoder:
         print("backbone   RANDOM weights (no Stable Diffusion): the VAE encoder is trained, too")
         model = MetaPromptModel(config)
     else:
         model = MetaPromptModel.from_stable_diffusion(config, recipe.backbone)
         print(f"backbone   {recipe.backbone}: pretrained, VAE encoder frozen")
+    if recipe.prompts:
+        prompts = read_prompts(Path(recipe.prompts), model.config.context_dim)
+        model.prompts.data.copy_(prompts)                # (N, D) -> (1 or T, N, D)
+        print(f"prompts    {recipe.prompts}: fixed, {'an' if recipe.prompt_adapter else 'no'} "
+              "adapter is trained")
     return model.train()
+
+
+WIDTHS = ("unet_channels", "num_heads", "context_dim", "vae_channels", "latent_channels",
+          "norm_groups", "unet_layers", "vae_layers")  # of a pretrained backbone: the files'
+MAY_DIFFER = ("num_classes", "class_names", "refine_steps", "dropout", "max_depth", "resize_scale",
+              "sigma")  # between two stages
+
+
+def second_stage(config: Config, run: str) -> MetaPromptModel:
+    """A model of `config` with the weights of RUN/best, else RUN/last, else RUN; says what is new.
+
+    Other numbers of classes and of passes are possible, see `adapt`.  InputError if anything else
+    that the weights depend on differs.
+    """
+    places = [folder for folder in (Path(run) / "best", Path(run) / "last", Path(run))
+              if (folder / "config.json").is_file()]
+    if not places:
+        raise InputError(f"--init-from {run}: neither it nor its best/ or last/ holds a config.json"
+                         "; is it a run folder of train.py?")
+    theirs = asdict(read_config(places[0] / "config.json"))
+    if not config.train_encoder:
+        config = replace(config, **{name: theirs[name] for name in WIDTHS})
+    differing = [f"{name} {theirs[name]} (here {value})" for name, value in asdict(config).items()
+                 if name not in MAY_DIFFER and theirs[name] != value]
+    if differing:
+        raise InputError(f"--init-from {places[0]} has {', '.join(differing)}: only "
+                         f"{', '.join(MAY_DIFFER)} may differ; give the same flags as there")
+    source, model = MetaPromptModel.from_pretrained(places[0]), MetaPromptModel(config)
+    print(f"backbone   and all other weights: those of {places[0]}")
+    model.load_state_dict(adapt(source, model))
+    return model
+
+
+def adapt(source: MetaPromptModel, model: MetaPromptModel) -> dict[str, torch.Tensor]:
+    """Tensors of `source` for `model`; whatever does not fit is new, as `model` has it: the
+    classifier if the number of classes differs, the rows of temb, prompts and the adapters of
+    passes that `source` has not.
+    """
+    old, new = source.state_dict(), model.state_dict()
+    theirs, ours = source.config, model.config
+    tensors = {name: old.get(name, value) for name, value in new.items()}
+    if theirs.num_classes != ours.num_classes:
+        layers = [name for name in new if ".conv_seg." in name]
+        tensors.update({name: new[name] for name in layers})
+        print(f"classes    {theirs.num_classes} there, {ours.num_classes} here: new random values "
+              f"for {', '.join(layers)}")
+    elif theirs.class_names != ours.class_names:
+        print("classes    as many, but other names: the classifier is taken over as it is")
+    if theirs.refine_steps != ours.refine_steps:
+        rows = [n for n in ("temb", "prompts") if n in new and len(new[n]) != len(old[n])]
+        for name in rows:                                # adapters come and go by their names
+            tensors[name] = torch.cat([old[name][:len(new[name])], new[name][len(old[name]):]])
+        kept = min(theirs.refine_steps, ours.refine_steps)
+        print(f"passes     {theirs.refine_steps} there, {ours.refine_steps} here: first {kept} of "
+              f"{', '.join(rows) or 'nothing'}" + ("; the later ones are new random values"
+                                                   if ours.refine_steps > kept else ""))
+    return tensors
 
 
 def build_optimizer(model: MetaPromptModel, recipe: Recipe) -> torch.optim.AdamW:
@@ -142,7 +217,8 @@ def train(recipe: Recipe, resume: bool) -> dict:
     accumulate = recipe.batch // recipe.micro_batch
     batches = Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed,
                                       state["step"] * accumulate, recipe.workers))
-    bar = tqdm(total=recipe.iterations, initial=state["step"], desc="train", unit="step")
+    bar = tqdm(total=recipe.iterations, initial=state["step"], desc="train", unit="step",
+               leave=None)                               # not left behind below an ablation's bar
     for step in range(state["step"], recipe.iterations):
         # One optimiser step at this step's learning rate.
         for group in optimizer.param_groups:
@@ -242,6 +318,9 @@ def main() -> None:
     """Parse, train, say where the result is."""
     args = parse(sys.argv[1:], __doc__)
     recipe = resolve(args)
+    if args.ablate:
+        ablate.ablate(recipe, args.ablate_seeds, args.ablate_variants, train)
+        return
     if not args.resume and (Path(recipe.out) / "recipe.json").exists():
         raise InputError(f"--out {recipe.out} holds a run already: --resume {recipe.out}, or give "
                          "another folder")

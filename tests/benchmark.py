@@ -3,6 +3,7 @@
     python tests/benchmark.py                          SD1.5's width on the CPU, or the GPU if any
     python tests/benchmark.py --size 32 --rounds 3     smaller latents, fewer rounds
     python tests/benchmark.py --loading                time and peak memory of loading the files
+    python tests/benchmark.py --oks                    COCO's evaluation against pycocotools
 
 Ours and the peer share weights and inputs, their outputs are compared first, and they take turns
 (A B A B ...), so that a machine whose speed drifts treats both alike.  A ratio below 1 means that
@@ -18,13 +19,16 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import test_oks  # noqa: E402
 from oracles import diffusers_unet, diffusers_vae, relative_error  # noqa: E402
 
+import oks  # noqa: E402
 from unet import CHANNELS, UNet  # noqa: E402
 from vae import CHANNELS as VAE_CHANNELS  # noqa: E402
 from vae import VAEEncoder  # noqa: E402
@@ -191,6 +195,23 @@ def loading(rounds: int) -> list[dict]:
     return rows
 
 
+def evaluation_of_people() -> list[dict]:
+    """Time of COCO's keypoint evaluation on a set of val's size, files to statistics, one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        case = test_oks.random_case(np.random.default_rng(0), 5000, 11004, 104_125)
+        truth, results = test_oks.write_files(Path(folder), *case)
+        start = time.perf_counter()
+        ours = oks.evaluate(json.loads(Path(truth).read_text()), oks.read_results(results))
+        mine, start = time.perf_counter() - start, time.perf_counter()
+        peer = test_oks.pycocotools_evaluation(truth, results).stats
+        theirs = time.perf_counter() - start
+    difference = max(abs(a - b) for a, b in zip(ours.values(), peer))
+    print(f"COCO evaluation, 5,000 images, 104,125 people   ours {mine:.1f} s   pycocotools "
+          f"{theirs:.1f} s   ratio {mine / theirs:.3f}   statistics differ by {difference:.0e}")
+    return [{"case": "COCO evaluation", "ours_s": mine, "pycocotools_s": theirs,
+             "ratio": mine / theirs, "error": difference}]
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -201,8 +222,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--case", help="only this one, such as 'UNet forward'")
     parser.add_argument("--loading", action="store_true")
+    parser.add_argument("--oks", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.oks:
+        print(json.dumps({"rows": evaluation_of_people()}))
+        return
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, latents "
           f"{args.batch}x4x{args.size}x{args.size}, N = {N_PROMPTS}")
     rows = loading(args.rounds) if args.loading else compute(args, torch.device(args.device))

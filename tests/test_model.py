@@ -122,7 +122,8 @@ def test_permuting_prompts_permutes_responses(images):
 def test_every_trained_parameter_gets_a_gradient_and_no_frozen_one(images):
     """One loss reaches everything that is trained; VAE and time embedding stay untouched."""
     for changes in ({}, {"refine_steps": 1}, {"shared_prompts": False, "prompt_adapter": True},
-                    {"modulated_timestep": False}, {"rearrange": False}, {"train_encoder": True}):
+                    {"modulated_timestep": False}, {"rearrange": False}, {"train_encoder": True},
+                    {"fixed_prompts": True, "prompt_adapter": True}):
         model = build(**changes).train()
         target = torch.randint(0, 4, (2, 64, 64))
         sum(model.loss(images, target).values()).backward()
@@ -157,6 +158,25 @@ def test_without_rearrangement_the_head_reads_the_features(images):
     model = build(rearrange=False)
     assert model.head.decode_head.lateral_convs[0].conv.in_channels == TINY.context_dim
     assert model(images).shape == (2, 4, 64, 64)
+
+
+def test_fixed_prompts_are_frozen_and_survive_saving(tmp_path):
+    """fixed_prompts=True: in no group, without gradient after loading too; the adapter is trained;
+    the file holds the prompts."""
+    model = build(fixed_prompts=True, prompt_adapter=True, shared_prompts=False)
+    model.save_pretrained(tmp_path)
+    loaded = MetaPromptModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.prompts, model.prompts)
+    for m in (model, loaded):
+        trained = {id(p) for group in m.param_groups(1.0, 1.0, 0.0) for p in group["params"]}
+        assert not m.prompts.requires_grad and id(m.prompts) not in trained
+        assert {id(p) for p in m.adapters.parameters()} < trained
+
+
+def test_static_timestep_has_no_temb():
+    """modulated_timestep=False: no parameter temb; the groups don't miss it."""
+    names = build(modulated_timestep=False).state_dict().keys()
+    assert names == build().state_dict().keys() - {"temb"}
 
 
 def test_groups_cover_each_parameter_once_with_the_official_rates():

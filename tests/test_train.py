@@ -90,7 +90,8 @@ def test_the_ade20k_recipe_is_the_papers():
 def test_every_field_is_a_flag(tmp_path):
     """Each field of Recipe can be set on the command line and arrives with its type."""
     changed = replace(recipes.RECIPES["seg", "shapes"], seed=3, lr=0.5, compile=True, dropout=0.1,
-                      scale=(64, 32), out=str(tmp_path / "x"), crop=64, num_prompts=7)
+                      scale=(64, 32), out=str(tmp_path / "x"), crop=64, num_prompts=7,
+                      rearrange=False, modulated_timestep=False, init_from="y")
     flags = []
     for name, value in asdict(changed).items():
         flag = "--" + name.replace("_", "-")
