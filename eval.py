@@ -4,6 +4,8 @@
     python eval.py --checkpoint runs/seg-ade20k --data /path/to/ADEChallengeData2016
     python eval.py --official nyu.ckpt --task depth --dataset nyu --data DATA --val-list LIST
     python eval.py --checkpoint runs/pose-coco --boxes COCO_val2017_detections_AP_H_56_person.json
+    python eval.py --checkpoint RUN --image FILE|FOLDER [--heatmaps]      your own images: apply.py
+    python eval.py --checkpoint RUN --protocol                            what would be done
 
 Segmentation follows mmsegmentation 0.30.0 (spec A.5): overlapping windows, their logits averaged,
 resized to the original image, argmax; intersections and unions summed over all images.
@@ -21,9 +23,11 @@ import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
 
+import apply
 import city_data
 import data
 import depth_data
+import heatmaps
 import oks
 import pictures
 import pose
@@ -32,8 +36,8 @@ import weights
 from errors import InputError, run_command
 from metrics import DEPTH_METRICS, confusion, depth_metrics, seg_metrics, valid_depth
 from model import MetaPromptModel
-from predict import (DepthProtocol, PoseProtocol, Protocol, find_protocol, pick_device,
-                     pick_precision, predict_depth, predict_pose, predict_seg)
+from predict import (DepthProtocol, PoseProtocol, Protocol, find_protocol, in_words, pick_device,
+                     pick_precision, predict_depth, predict_pose, predict_seg, with_tta)
 
 PICTURES = 8  # images of the set drawn in a report, evenly spread
 # What "best" means, and its sign.
@@ -259,7 +263,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--val-json", help="pose: annotations in COCO's format")
     parser.add_argument("--images", help="pose: folder of their images")
     parser.add_argument("--boxes", help="pose: detected boxes; default: the annotated people's")
-    parser.add_argument("--out", help="folder for pictures and metrics; default: RUN/eval")
+    parser.add_argument("--image", metavar="FILE|FOLDER",
+                        help="predict your own images instead, see apply.py")
+    parser.add_argument("--max-side", type=int, help="with --image: longer side that the model "
+                        "gets if the protocol has no scale; default: twice the training crop")
+    parser.add_argument("--heatmaps", nargs="?", const=str(heatmaps.PROMPTS), metavar="K|I,J,...",
+                        help="with --image: maps of the K prompts that say most (6), or of these")
+    parser.add_argument("--tta", action="store_true", help="seg: 7 scales and mirror images")
+    parser.add_argument("--protocol", action="store_true", help="say what would be done, and stop")
+    parser.add_argument("--out", help="folder for pictures and metrics; default: RUN/eval, "
+                        "with --image RUN/predictions")
     parser.add_argument("--export", help="folder for seg: label PNGs as the benchmark's server "
                         "wants them; depth: 16-bit PNGs in its unit; pose: keypoints.json")
     parser.add_argument("--save", help="write the model in our format into this folder")
@@ -298,15 +311,31 @@ def load(args: argparse.Namespace) -> tuple[MetaPromptModel, dict, Path, Path]:
 def main() -> None:
     """Load, say what will be done, evaluate, write metrics.json and pictures."""
     args = parse()
+    apply.check(args)
     model, spec, source, default_out = load(args)
     out = Path(args.out) if args.out else default_out
     if model.config.task != spec["task"]:
         raise InputError(f"{source} is a model of task {model.config.task}, not {spec['task']}")
+    protocol = find_protocol(spec["task"], spec["dataset"])
+    protocol = with_tta(protocol) if args.tta else protocol
+    if args.protocol:
+        print(in_words(protocol))
+        return
     if args.save:
         model.save_pretrained(args.save)
-    protocol, dataset = find_protocol(spec["task"], spec["dataset"]), open_set(spec, "val")
     device = pick_device(args.device)
     dtype = pick_precision(args.precision or ("float32" if args.official else "auto"), device)
+    if args.image:
+        folder = default_out.parent if args.checkpoint else default_out
+        out = Path(args.out) if args.out else folder / "predictions"
+        print(f"model      {source}: {model.config}\nprotocol   {asdict(protocol)}\n"
+              f"device     {device}, {dtype}\nout        {out}")
+        setup = apply.set_up(args, model.config, protocol, spec["dataset"], source, dtype)
+        apply.run(args, model.to(device).eval(), setup, out)
+        return
+    dataset = open_set(spec, "val")
+    if args.tta:
+        dataset.scale = None                                 # predict_seg makes all scales itself
     print(f"model      {source}: {model.config}\ndata       {spec['dataset']}: {dataset.check()}\n"
           f"protocol   {asdict(protocol)}\ndevice     {device}, {dtype}\nout        {out}")
     if spec["task"] == "seg" and model.config.num_classes != len(dataset.classes.names):

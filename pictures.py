@@ -9,6 +9,8 @@ from data import IGNORE, Classes
 
 TEXT_HEIGHT = 14  # pixels per legend line
 MIN_SIDE = 192  # smaller images are enlarged to this height
+MAX_SIDE = 1600  # larger pictures of one image are reduced to this
+MIN_WIDTH = 360  # of a picture with a legend or a scale bar
 
 
 def to_uint8(image) -> np.ndarray:
@@ -118,7 +120,7 @@ def scale_bar(nearest: float, farthest: float, width: int) -> np.ndarray:
         if nearest <= tick <= farthest:
             x = int(np.searchsorted(ramp, tick))
             draw.line((x, TEXT_HEIGHT - 4, x, TEXT_HEIGHT + 2), fill="black")
-            draw.text((min(x, width - 30), TEXT_HEIGHT), f"{tick:g} m", fill="black")
+            draw.text((min(x + 3, width - 30), TEXT_HEIGHT), f"{tick:g} m", fill="black")
     return np.asarray(strip)
 
 
@@ -153,14 +155,16 @@ def joint_colour(joint: int) -> tuple[int, int, int]:
     return LEFT if name.startswith("left") else RIGHT if name.startswith("right") else MIDDLE
 
 
-def draw_skeleton(image: Image.Image, joints: np.ndarray, zoom: float = 1.0) -> None:
+def draw_skeleton(image: Image.Image, joints: np.ndarray, zoom: float = 1.0,
+                  radius: int | None = None) -> None:
     """Draw joints (17, 3), x, y in pixels and a score, onto `image`, `zoom` times as large.
 
-    Joints that score 0.2 or less are left out; a limb needs both its ends.
+    Joints that score 0.2 or less are left out; a limb needs both its ends.  `radius` of a joint, in
+    pixels of `image`; None: as suits a person that fills the picture.
     """
     draw, seen = ImageDraw.Draw(image), joints[:, 2] > DRAWN_ABOVE
     points = [((x + 0.5) * zoom, (y + 0.5) * zoom) for x, y in joints[:, :2].tolist()]
-    radius = max(2, round(min(image.size) / 90))
+    radius = radius or max(2, round(min(image.size) / 90))
     for a, b in pose.SKELETON:
         if seen[a] and seen[b]:
             sides = {joint_colour(a), joint_colour(b)} - {MIDDLE}
@@ -220,3 +224,70 @@ def skeleton_legend(width: int) -> np.ndarray:
         draw.rectangle((x, 4, x + 9, 13), fill=colour)
         draw.text((x + 14, 2), name, fill="black")
     return np.asarray(strip)
+
+
+# ------------------------------------------------------------------------------------------------
+# One image of the user's (apply.py)
+
+def look_size(height: int, width: int, limit: int = MAX_SIDE) -> tuple[int, int]:
+    """Size at which an image is shown: shorter side MIN_SIDE or more, no side above `limit`."""
+    factor = min(max(1.0, MIN_SIDE / min(height, width)), limit / max(height, width))
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def save_framed(path: Path, picture: np.ndarray, footer) -> None:
+    """Write a picture (H, W, 3) uint8 with `footer(width)` below it, on white."""
+    width = max(MIN_WIDTH, picture.shape[1])
+    picture = np.pad(picture, ((0, 4), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate([picture, footer(width)])).save(path)
+
+
+def save_overlay(path: Path, image: np.ndarray, labels: np.ndarray, classes: Classes,
+                 weight: float = 0.55) -> None:
+    """Write labels (H, W) uint8 in colour over their image (H, W, 3) uint8, the legend below."""
+    size = look_size(*labels.shape)
+    small = np.asarray(Image.fromarray(labels).resize(size[::-1], Image.NEAREST))
+    picture = fit(image, *size) * (1 - weight) + colour_labels(small, classes) * weight
+    save_framed(path, picture.astype(np.uint8), lambda width: legend([labels], classes, width))
+
+
+def tick_range(depth: np.ndarray) -> tuple[float, float]:
+    """Nearest and farthest metres of a scale that covers `depth`, both a labelled tick if possible.
+
+    The 1 % of the pixels that are nearest, and the farthest 1 %, may lie outside.
+    """
+    near, far = np.percentile(depth, (1, 99)).tolist()
+    below = [tick for tick in TICKS if tick <= near]
+    above = [tick for tick in TICKS if tick >= far and tick not in below[-1:]]
+    return below[-1] if below else max(near, 0.01), above[0] if above else max(far, near + 1)
+
+
+def save_depth(path: Path, image: np.ndarray, depth: np.ndarray) -> None:
+    """Write an image (H, W, 3) uint8 and its metres (H, W) side by side, a scale in metres below.
+
+    Light is near, dark is far; the scale is the image's own.
+    """
+    height, width = look_size(*depth.shape, limit=MAX_SIDE // 2)
+    nearest, farthest = tick_range(depth)
+    small = Image.fromarray(depth.astype(np.float32)).resize((width, height), Image.BILINEAR)
+    colours = colour_depth(np.asarray(small).clip(nearest, farthest), nearest, farthest)
+    picture = np.concatenate([fit(image, height, width), colours], axis=1)
+    save_framed(path, picture, lambda width: scale_bar(nearest, farthest, width))
+
+
+def save_people(path: Path, image: np.ndarray, people: list[tuple]) -> None:
+    """Write an image (H, W, 3) uint8 with people on it.
+
+    people: (joints (17, 3) with scores, box (left, top, width, height)) in pixels of the image.
+    """
+    height, width = look_size(*image.shape[:2])
+    picture, zoom = Image.fromarray(fit(image, height, width)), width / image.shape[1]
+    for joints, box in people:
+        left, top, wide, high = (value * zoom for value in box)
+        if wide < width or high < height:                # a frame around everything says nothing
+            corner = (left + max(0, wide - 1), top + max(0, high - 1))
+            ImageDraw.Draw(picture).rectangle((left, top, *corner), outline="white",
+                                              width=max(1, round(min(height, width) / 300)))
+        draw_skeleton(picture, joints, zoom, radius=max(2, round(min(wide, high, height) / 60)))
+    save_framed(path, np.asarray(picture), skeleton_legend)

@@ -236,15 +236,16 @@ def make_sample(people: People, index: int, image: np.ndarray, crop: tuple[int, 
 
 
 class CocoPose(Dataset):
-    """People on image files in `folder`.  Training: the augmentation of mmpose 1.x.
+    """People on image files in `folder`.  Training: the augmentation of mmpose 1.x, if `augmented`.
 
     crop = (height, width). coco: `read_coco` of the split, kept in evaluation as `annotations` to
     score against. boxes: where the boxes of `people` come from, for messages.
     """
 
     def __init__(self, people: People, folder: Path, coco: dict, *, training: bool,
-                 crop: tuple[int, int], boxes: str = GROUND_TRUTH, seed: int = 0):
-        self.people, self.folder, self.training = people, folder, training
+                 crop: tuple[int, int], boxes: str = GROUND_TRUTH, augmented: bool = True,
+                 seed: int = 0):
+        self.people, self.folder, self.augmented = people, folder, training and augmented
         self.crop, self.boxes, self.seed = crop, boxes, seed
         self.annotations = None if training else coco
 
@@ -267,7 +268,7 @@ class CocoPose(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Sample of key = (epoch, index)."""
         epoch, index = key
-        rng = np.random.default_rng([self.seed, epoch, index]) if self.training else None
+        rng = np.random.default_rng([self.seed, epoch, index]) if self.augmented else None
         sample = make_sample(self.people, index, self.load(index), self.crop, rng)
         sample["name"] = self.name(index)
         return sample
@@ -399,8 +400,8 @@ def open_dataset(spec: dict, split: str) -> CocoPose:
     """The set of people that `spec`, a recipe as a dict, names, for "train" or "val".
 
     Keys: dataset ("coco" or "folder"), data, crop (height), crop_width, seed; optional: boxes (val
-    only), train_json, val_json, images. Raises InputError if a file isn't there or holds what can't
-    be used.
+    only), train_json, val_json, images, augment (False: training crops as in evaluation). Raises
+    InputError if a file isn't there or holds what can't be used.
     """
     file, folder = locate(spec, split)
     coco = read_coco(file)
@@ -417,4 +418,5 @@ def open_dataset(spec: dict, split: str) -> CocoPose:
         raise InputError(f"{missing[0]} does not exist ({len(missing)} of {len(files)} images of "
                          f"{file} are missing)")
     return CocoPose(people, folder, coco, training=split == "train",
-                    crop=(spec["crop"], spec["crop_width"]), boxes=boxes, seed=spec["seed"])
+                    crop=(spec["crop"], spec["crop_width"]), boxes=boxes,
+                    augmented=spec.get("augment", True), seed=spec["seed"])

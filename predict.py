@@ -5,12 +5,14 @@
     pose    heatmaps of a person's crop and of its mirror image, decoded (UDP, pose spec 6)
 """
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+import augment
 import pose
 from errors import InputError
 from heads import resize
@@ -25,6 +27,8 @@ class Protocol:
     window: int | None  # side of the sliding window in pixels; None: the whole image at once
     stride: int | None
     batch: int = 1  # images at once; more than 1 only where all have one size
+    ratios: tuple[float, ...] = (1.0,)  # of `scale`, the image's own size if None; averaged
+    flip: bool = False  # average with the mirror image's prediction
     source: str = ""
 
 
@@ -85,6 +89,75 @@ def find_protocol(task: str, dataset: str) -> Protocol | DepthProtocol | PosePro
     return PROTOCOLS[task, dataset]
 
 
+TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # official: cityscapes_ms.py (decisions 12)
+
+
+def with_tta(protocol: Protocol | DepthProtocol | PoseProtocol) -> Protocol:
+    """The protocol with 7 scales and mirror images, 14 passes; InputError unless segmentation's."""
+    if not isinstance(protocol, Protocol):
+        raise InputError("--tta is for segmentation: depth and pose have their mirror images in "
+                         "the protocol, other scales would change metres and joints' blobs")
+    return replace(protocol, ratios=TTA_RATIOS, flip=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# In words
+
+def seg_words(protocol: Protocol) -> list[tuple[str, str]]:
+    """(what, how) for every field."""
+    resized, windows = "no, each image at its own size", "none, the whole image at once"
+    if protocol.scale is not None:
+        resized = (f"to at most {protocol.scale[0]} x {protocol.scale[1]} pixels, longer x shorter "
+                   "side, aspect kept")
+    if protocol.window is not None:
+        windows = (f"{protocol.window} x {protocol.window} pixels, every {protocol.stride}, the "
+                   "last moved back to the edge; logits averaged")
+    scales = ", ".join(f"{ratio:g}" for ratio in protocol.ratios)
+    return [("resized", resized),
+            ("scales", f"{scales} of that; probabilities averaged"
+             if len(protocol.ratios) > 1 else f"{scales} of that, no other"),
+            ("mirror image", "predicted too, probabilities averaged" if protocol.flip else "no"),
+            ("windows", windows),
+            ("at once", f"{protocol.batch} images"),
+            ("result", "logits resized to the label's size, softmax, the likeliest class"),
+            ("metrics", "pixels labelled 255 don't count; intersections and unions summed over the "
+             "set, IoU per class, its mean over the classes that are true or predicted somewhere")]
+
+
+def depth_words(protocol: DepthProtocol) -> list[tuple[str, str]]:
+    """(what, how) for every field."""
+    box = {"nyu": "NYU's (Eigen's crop)", "garg": "Garg's", "eigen": "Eigen's (KITTI)"}
+    count = protocol.windows
+    return [("windows", "none, the whole image at once" if count == 1 else
+             f"{count} squares as high as the image, evenly shifted over its width; averaged"),
+            ("mirror image", "predicted too, metres averaged" if protocol.flip else "no"),
+            ("sides", "enlarged by the model as its config.json says; the authors' files don't: to "
+             f"(side // 64 + {protocol.resize_scale}) * 64"),
+            ("at once", f"{protocol.batch} images"),
+            ("metrics", f"inside {box[protocol.box]} box" if protocol.box else "all pixels"),
+            ("", f"only where the truth is above {protocol.min_depth:g} and below "
+             f"{protocol.max_depth:g} m; per image, then the mean over images"),
+            ("--export", f"16-bit PNG, {protocol.units:g} per metre")]
+
+
+def pose_words(protocol: PoseProtocol) -> list[tuple[str, str]]:
+    """(what, how) for every field."""
+    return [("people", "from --boxes, else the annotated boxes; enlarged by 1.25, cut out by UDP"),
+            ("mirror image", "predicted too, heatmaps averaged" if protocol.flip else "no"),
+            ("at once", f"{protocol.batch} people"),
+            ("joints", "the highest pixel, refined on the blurred logarithm (DARK, UDP)"),
+            ("score", "the box's times the mean of the joint scores above 0.2"),
+            ("near copies", f"of two people with an OKS above {protocol.nms:g} the better is kept"),
+            ("metrics", "COCO's, by OKS")]
+
+
+def in_words(protocol: Protocol | DepthProtocol | PoseProtocol) -> str:
+    """Exactly what a protocol does, a line per step."""
+    words = {Protocol: seg_words, DepthProtocol: depth_words, PoseProtocol: pose_words}
+    lines = [*words[type(protocol)](protocol), ("source", protocol.source or "not said")]
+    return "\n".join(f"{what:13} {how}" for what, how in lines)
+
+
 # ------------------------------------------------------------------------------------------------
 # Devices
 
@@ -112,6 +185,16 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         fast = "amx_bf16" in flags or "avx512_bf16" in flags
         return torch.bfloat16 if fast else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model's weights are."""
+    return next(model.parameters()).device
+
+
+def to_batch(image: np.ndarray, device: torch.device) -> Tensor:
+    """An image (H, W, 3) uint8 as a batch of one, (1, 3, H, W) float32 in [0, 1]."""
+    return torch.tensor(image, device=device).permute(2, 0, 1)[None].float() / 255
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -158,16 +241,53 @@ def slide(predict, images: Tensor, crop: int, stride: int, batch: int = 8) -> Te
     return total / count
 
 
-@torch.inference_mode()
-def predict_seg(model: MetaPromptModel, images: Tensor, size, protocol: Protocol,
-                dtype: torch.dtype) -> Tensor:
-    """Class probabilities at `size`, (B, classes, *size), of images (B, 3, H, W) in [0, 1]."""
+def rescale(images: Tensor, scale: tuple[int, int] | None, ratio: float) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], multiples of 1/255, resized as mmsegmentation's `Resize` does.
+
+    Both bounds of `scale`, (H, W) if None, are multiplied by `ratio` and rounded down.  No side of
+    64 pixels or more, the UNet's coarsest stride, gets below that.
+    """
+    H, W = images.shape[-2:]
+    bounds = [max(1, int(side * ratio)) for side in scale or (H, W)]
+    size = augment.rescale_size(H, W, bounds)
+    size = tuple(max(side, min(64, own)) for side, own in zip(size, (H, W)))
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # the rule is uint8's
+    resized = np.stack([augment.resize_bilinear(image, size) for image in pixels])
+    return torch.from_numpy(resized).permute(0, 3, 1, 2).to(images.device).float() / 255
+
+
+def predict_scale(model: MetaPromptModel, images: Tensor, size, protocol: Protocol,
+                  dtype: torch.dtype) -> Tensor:
+    """Class probabilities at `size` of images at one scale, averaged with their mirror images'."""
+    if protocol.flip:
+        images = torch.cat([images, images.flip(-1)])
     with autocast(images.device, dtype):
         if protocol.window is None:
             logits = model(images).float()
         else:
             logits = slide(model, images, protocol.window, protocol.stride)
-    return resize(logits, size).softmax(dim=1)
+    probs = resize(logits, size).softmax(dim=1)
+    if not protocol.flip:
+        return probs
+    plain, mirrored = probs.chunk(2)
+    return (plain + mirrored.flip(-1)) / 2
+
+
+@torch.inference_mode()
+def predict_seg(model: MetaPromptModel, images: Tensor, size, protocol: Protocol,
+                dtype: torch.dtype) -> Tensor:
+    """Class probabilities at `size`, (B, classes, *size), of images (B, 3, H, W) in [0, 1].
+
+    Images come at the protocol's scale; with several ratios at their own size, from which each
+    ratio is made.  Probabilities are averaged over ratios and mirror images, not logits (spec A.5).
+    """
+    if protocol.ratios == (1.0,):
+        return predict_scale(model, images, size, protocol, dtype)
+    total = 0
+    for ratio in protocol.ratios:
+        scaled = rescale(images, protocol.scale, ratio)
+        total = total + predict_scale(model, scaled, size, protocol, dtype)
+    return total / len(protocol.ratios)
 
 
 def shifted_windows(width: int, side: int, count: int) -> list[int]:

@@ -458,3 +458,13 @@ def test_the_full_recipe_takes_a_step_in_bfloat16(tmp_path):
     assert losses["loss"] > 0 and not torch.equal(before, model.prompts)
     assert sum(p.numel() for p in model.parameters()) > 859_520_964 + 34_000_000
     assert peak < 22
+
+
+def test_without_augmentation_training_sees_the_crops_of_evaluation(tmp_path):
+    """--no-augment: every epoch the same crop, the one that is evaluated."""
+    spec = {**write_set(tmp_path), "augment": False}
+    train_set, val_set = (pose_data.open_dataset(spec, split) for split in ("train", "val"))
+    for epoch in (0, 1):
+        sample, expected = train_set[epoch, 0], val_set[0, 0]
+        assert torch.equal(sample["image"], expected["image"])
+        assert torch.equal(sample["target"], expected["target"])

@@ -1,0 +1,213 @@
+"""The prompts' maps: the very ones that the head reads, the most telling ones, drawn as they are.
+
+Proven here: that the head makes the model's prediction of these maps; the rule by which prompts are
+chosen, on maps whose answer is known; colours and places of what is drawn; the command.
+
+    python -m pytest tests/test_heatmaps.py
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import heatmaps
+from errors import InputError
+from model import Config, MetaPromptModel
+
+TINY = dict(num_prompts=5, refine_steps=2, head_channels=16, unet_channels=(16,) * 4, num_heads=1,
+            context_dim=16, vae_channels=(8, 8, 8, 8), norm_groups=4, unet_layers=1, vae_layers=1,
+            sigma=2.0, deconv_channels=(8,), num_classes=4)
+VARIANTS = [{}, {"shared_prompts": False, "prompt_adapter": True}, {"modulated_timestep": False},
+            {"refine_steps": 1}, {"refine_steps": 3, "latent_scale": 0.2}]
+
+
+# ------------------------------------------------------------------------------------------------
+# The maps
+
+@pytest.mark.parametrize("task", ["seg", "depth", "pose"])
+@pytest.mark.parametrize("variant", [*VARIANTS, {"rearrange": False}, {"resize_scale": 1}])
+def test_the_head_reads_these_maps(task, variant):
+    """The model's prediction is what its head makes of them: one per prompt, finest first."""
+    torch.manual_seed(0)
+    model = MetaPromptModel(Config(task=task, **{**TINY, **variant})).eval()
+    images = torch.rand(2, 3, 64, 96)
+    with torch.inference_mode():
+        maps = heatmaps.response_maps(model, images)
+        assert torch.equal(model.head(maps, images.shape[-2:]), model(images))
+    channels = 5 if model.config.rearrange else 16
+    assert len(maps) == (4 if task == "seg" else 1) and maps[0].shape[:2] == (2, channels)
+    assert all(a.shape[-1] > b.shape[-1] for a, b in zip(maps, maps[1:]))
+
+
+def test_maps_of_a_picture():
+    """A uint8 picture gives the finest maps, at stride 4 in segmentation."""
+    torch.manual_seed(0)
+    model = MetaPromptModel(Config(**TINY)).eval()
+    picture = np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8)
+    maps = heatmaps.picture_maps(model, picture, torch.float32)
+    images = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+    assert maps.shape == (5, 16, 32) and maps.dtype == np.float32
+    assert np.array_equal(maps, heatmaps.response_maps(model, images)[0][0].numpy())
+
+
+# ------------------------------------------------------------------------------------------------
+# Which prompts
+
+def test_moments():
+    """Squared means and covariances over positions, as numpy has them."""
+    maps = np.random.default_rng(0).normal(2, 3, (4, 6, 7)).astype(np.float32)
+    squared_means, covariance = heatmaps.moments(maps)
+    assert np.allclose(squared_means, maps.mean(axis=(1, 2)) ** 2)
+    assert np.allclose(covariance, np.cov(maps.reshape(4, -1), bias=True))
+
+
+def waves():
+    """Maps (6, 16, 16): a wave, a constant, the wave on a pedestal, its negative, an independent
+    wave on a pedestal, nothing.
+    """
+    x, y = np.meshgrid(np.arange(16), np.arange(16))
+    wave, other = np.sin(x * np.pi / 4), np.sin(y * np.pi / 4)
+    return np.stack([wave, 5 + 0 * wave, 2 + wave, -wave, 1 + other, 0 * wave])
+
+
+def test_choice():
+    """First what varies most for its mean; then what is unlike that, before any copy or negative.
+    """
+    rule = heatmaps.moments(waves())
+    assert heatmaps.choose(*rule, 1) == [0]
+    assert heatmaps.choose(*rule, 2) == [0, 4]
+    everyone = heatmaps.choose(*rule, 6)
+    assert everyone[:2] == [0, 4] and sorted(everyone) == list(range(6))
+
+
+def test_choice_ignores_scale():
+    """A prompt that answers 100 times as strongly, mean included, is as good as before."""
+    factors = np.array([1, 3, 100, 0.01, 7, 1])[:, None, None]
+    for count in (1, 2):
+        assert (heatmaps.choose(*heatmaps.moments(waves() * factors), count)
+                == heatmaps.choose(*heatmaps.moments(waves()), count))
+
+
+def test_choice_of_dead_prompts():
+    """Maps of zeros everywhere give the first prompts, not an error."""
+    assert heatmaps.choose(*heatmaps.moments(np.zeros((4, 3, 3))), 3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("text, expected", [("3", 3), ("5", 5), ("0,4", [0, 4]), ("2,", [2]),
+                                            (" 1, 3 ", [1, 3])])
+def test_parse(text, expected):
+    """A number is how many, a list which ones."""
+    assert heatmaps.parse(text, Config(**TINY)) == expected
+
+
+@pytest.mark.parametrize("text, message", [
+    ("6", "the model has 5 prompts"), ("0", "the model has 5 prompts"), ("1,5", "prompts 0 to 4"),
+    ("x", "how many prompts"), ("", "how many prompts"), (",", "how many prompts"),
+    ("-1", "how many prompts"), ("1,,x", "how many prompts")])
+def test_parse_refuses(text, message):
+    """Anything else is an InputError; so is a model without maps per prompt."""
+    with pytest.raises(InputError, match=message):
+        heatmaps.parse(text, Config(**TINY))
+    with pytest.raises(InputError, match="without the rearrangement"):
+        heatmaps.parse("2", Config(**TINY, rearrange=False))
+
+
+# ------------------------------------------------------------------------------------------------
+# Drawing
+
+def test_lay_heat():
+    """The lowest value is blue, the highest red, half transparent, and values outside are clipped.
+    """
+    picture = np.full((40, 40, 3), 100, np.uint8)
+    values = np.full((2, 2), -7.0)
+    values[:, 1] = 99
+    out = heatmaps.lay_heat(picture, values, 0.0, 10.0)
+    assert out[20, 0].tolist() == [50, 50, 115] and out[20, -1].tolist() == [160, 50, 50]
+
+
+def test_grid(tmp_path):
+    """Panels fill rows from the left, each resized to fit a cell, under its title."""
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    panels = [(f"p{i}", np.full((60, 120, 3), c, np.uint8)) for i, c in enumerate(colours)]
+    heatmaps.save_grid(tmp_path / "new" / "a.png", panels, 2)
+    with Image.open(tmp_path / "new" / "a.png") as image:
+        sheet = np.array(image)
+    cell_height, cell_width = sheet.shape[0] // 2, sheet.shape[1] // 2
+    assert (cell_height, cell_width) == (120 + 20, 240 + 4)
+    for place, colour in enumerate([*colours, (255, 255, 255)]):
+        row, column = divmod(place, 2)
+        y, x = row * cell_height + 16, column * cell_width
+        assert sheet[y + 60, x + 120].tolist() == list(colour)
+        assert (sheet[y - 14:y - 2, x:x + 30] < 128).any() == (place < 3)      # a title
+
+
+def test_a_silent_prompt_stays_blue(tmp_path):
+    """Side by side a row has one range: where a prompt answers one picture only, others are blue.
+    """
+    pictures = [np.full((100, 100, 3), 100, np.uint8)] * 2
+    loud, silent = np.zeros((1, 4, 4)), np.zeros((1, 4, 4))
+    loud[0, :, 2:], silent[0, 0, 0] = 8, 0.1
+    heatmaps.save_prompts(tmp_path / "a.png", pictures, [loud, silent], ["one", "two"], [3])
+    with Image.open(tmp_path / "a.png") as image:
+        sheet = np.array(image)
+    row = sheet[sheet.shape[0] // 2 + 16:][:240].astype(int)
+    assert (row[100, 200] - row[100, 40]).tolist()[0] > 90                 # loud: red at the right
+    assert (row[20:220, 250:480, 2] > row[20:220, 250:480, 0]).all()
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Nine small pictures, two of them in a subfolder."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "sub").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        pixels = rng.integers(0, 256, (64 + 8 * (i % 2), 80, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / ("sub" if i > 6 else "") / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("task, flag, count, folder", [
+    ("seg", "2", 2, "."), ("pose", "4,1,0", 3, "sub"), ("depth", "3,", 1, "sub")])
+def test_command(tmp_path, photos, monkeypatch, capsys, task, flag, count, folder):
+    """A sheet for each picture, and one of up to 8 pictures by prompts; the prompts are told."""
+    torch.manual_seed(0)
+    MetaPromptModel(Config(task=task, **TINY)).save_pretrained(tmp_path / "best")
+    (tmp_path / "recipe.json").write_text(json.dumps({"task": task, "dataset": "folder",
+                                                      "crop": 64}))
+    out, images = tmp_path / "out", photos / folder
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", str(tmp_path), "--image",
+                                      str(images), "--out", str(out), "--precision",
+                                      "float32", "--heatmaps", flag])
+    evaluation.main()
+    line, = [x for x in capsys.readouterr().out.splitlines() if x.startswith("prompts")]
+    chosen = line.removeprefix("prompts").split(":")[0].replace(" ", "").split(",")
+    assert len(chosen) == count and (task == "seg" or chosen == flag.strip(",").split(","))
+    assert ({p.relative_to(out) for p in out.rglob("*_heatmaps.png")}
+            == {p.relative_to(images).with_name(f"{p.stem}_heatmaps.png")
+                for p in images.rglob("*.png")})
+    with Image.open(out / "prompts.png") as image:
+        assert image.width == min(8, len(list(images.rglob("*.png")))) * 244
+        assert image.height % (count + 1) == 0
+    with Image.open(next(out.rglob("*_heatmaps.png"))) as image:
+        assert image.width == min(4, count + 1) * 244
+
+
+def test_one_picture(tmp_path, photos, monkeypatch):
+    """With a single picture six prompts are the default, one column is drawn."""
+    MetaPromptModel(Config(**{**TINY, "num_prompts": 7})).save_pretrained(tmp_path / "best")
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", str(tmp_path), "--dataset",
+                                      "folder", "--image", str(photos / "0.png"), "--precision",
+                                      "float32", "--heatmaps"])
+    evaluation.main()
+    with Image.open(tmp_path / "predictions" / "prompts.png") as image:
+        assert image.width == 244 and image.height % 7 == 0
+    assert Path(tmp_path / "predictions" / "0_heatmaps.png").is_file()
