@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
-from PIL import Image, ImageOps
+from PIL import Image
 
 import augment
 import city_data
@@ -112,36 +112,6 @@ def output_names(files: list[Path]) -> list[Path]:
     stems = Counter(file.with_suffix("") for file in files)
     names = [file if stems[file.with_suffix("")] > 1 else file.with_suffix("") for file in files]
     return names if len(set(names)) == len(names) else files  # x.png, x.jpg, x.png.jpg
-
-
-def load_picture(path: Path) -> np.ndarray:
-    """Any image file as (H, W, 3) uint8 RGB, upright (EXIF); InputError naming an unusable one.
-
-    Of several frames the first.  Transparent pixels show white; 16 bits are divided by 257, so that
-    white stays white.
-    """
-    try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (*data.UNREADABLE, EOFError) as error:
-        raise InputError(f"{path} cannot be decoded ({error})") from None
-
-
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """A Pillow image of any mode as (H, W, 3) uint8; ValueError if its values' range is unknown."""
-    if image.mode.startswith("I"):                       # Pillow's own conversion clips at 255
-        values = np.array(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"values {values.min()} to {values.max()}: 8 or 16 bits are needed")
-        return np.repeat(np.rint(values / 257).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels: 8 or 16 bits are needed")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -405,7 +375,7 @@ def apply_all(model: MetaPromptModel, setup: Setup, root: Path, files: list[Path
     names = output_names(files)
     for position, file in enumerate(tqdm(files, desc="apply", unit="image", leave=False)):
         try:
-            image = load_picture(root / file)
+            image = data.load_image(root / file)
         except InputError as error:
             skipped.append(str(error))
             continue
@@ -435,8 +405,10 @@ def run(args: argparse.Namespace, model: MetaPromptModel, setup: Setup, out: Pat
     seconds = time.perf_counter() - start
     if wanted is not None:
         names = output_names(files)
-        chosen = heatmaps.draw(model, [names[i] for i in done], lambda i: heat_input(
-            load_picture(root / files[done[i]]), files[done[i]], setup), out, wanted, setup.dtype)
+        chosen = heatmaps.draw(
+            model, [names[i] for i in done],
+            lambda i: heat_input(data.load_image(root / files[done[i]]), files[done[i]], setup),
+            out, wanted, setup.dtype)
         print(f"prompts    {', '.join(map(str, chosen))}: *_heatmaps.png, prompts.png")
     for message in skipped:
         print(f"skipped    {message}")

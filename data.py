@@ -12,6 +12,7 @@ Every random draw for a training sample comes from (seed, epoch, index): the sam
 on which worker makes it or when, which makes an interrupted run resumable to the bit.
 """
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from errors import InputError
 IGNORE = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 UNREADABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)  # Pillow raises these
+STAND_INS = 8  # samples tried in place of an unreadable one
 CHECKED_FILES = 50  # pairs opened when a data set is opened, evenly spread
 VAL_SEED = 1 << 40  # first scene seed of the embedded validation set, out of training's reach
 COLOURS = ((128, 178, 255), (150, 140, 120), (230, 60, 60), (250, 200, 40), (60, 160, 70),
@@ -87,14 +89,33 @@ def ade20k_classes() -> Classes:
 # Files
 
 def load_image(path: Path) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB, upright (EXIF); InputError naming a broken file."""
+    """Any image file as (H, W, 3) uint8 RGB, upright (EXIF); InputError naming an unusable one.
+
+    Of several frames the first.  Transparent pixels show white; 16 bits are divided by 257, so that
+    white stays white.
+    """
     try:
         with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except UNREADABLE as error:
+    except (*UNREADABLE, EOFError) as error:
         raise InputError(f"{path} cannot be decoded ({error}): replace or remove it") from None
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """A Pillow image of any mode as (H, W, 3) uint8; ValueError if its values' range is unknown."""
+    if image.mode.startswith("I"):                       # Pillow's own conversion clips at 255
+        values = np.array(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"values {values.min()} to {values.max()}: 8 or 16 bits are needed")
+        return np.repeat(np.rint(values / 257).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels: 8 or 16 bits are needed")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
 
 
 def load_label(path: Path) -> np.ndarray:
@@ -338,11 +359,41 @@ class Stream(Sampler):
             epoch, position = epoch + 1, 0
 
 
+class Tolerant(Dataset):
+    """A training set in which the next sample stands in for one whose file cannot be read.
+
+    "unreadable" of a sample says why it was needed, "" if it was not; train.py counts.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """Sample of key = (epoch, index); InputError if `STAND_INS` in a row are unreadable."""
+        epoch, index = key
+        message = ""
+        for place in range(index, index + STAND_INS):
+            try:
+                sample = self.dataset[epoch, place % len(self.dataset)]
+                return {**sample, "unreadable": message}
+            except InputError as error:
+                message = message or str(error)
+        raise InputError(message)
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; only the main one, which saves, minds it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def train_loader(dataset: Dataset, batch: int, seed: int, start: int, workers: int) -> DataLoader:
     """Micro-batches from number `start` on, without end."""
-    return DataLoader(dataset, batch_sampler=Stream(len(dataset), batch, seed, start),
-                      num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      prefetch_factor=4 if workers else None)
+    return DataLoader(Tolerant(dataset), worker_init_fn=ignore_interrupts,
+                      batch_sampler=Stream(len(dataset), batch, seed, start), num_workers=workers,
+                      pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
 
 
 def eval_loader(dataset: Dataset, batch: int, workers: int) -> DataLoader:

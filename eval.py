@@ -52,7 +52,9 @@ def open_set(spec: dict, split: str):
         if spec["dataset"] != "shapes":
             return pose_data.open_dataset(spec, split)
         return pose_data.ShapesPose(spec[f"{split}_scenes"], training=split == "train",
-                                    crop=(spec["crop"], spec["crop_width"]), seed=spec["seed"])
+                                    crop=(spec["crop"], spec["crop_width"]),
+                                    size=pose_data.SCENE_SIDE, augmented=spec["augment"],
+                                    seed=spec["seed"])
     if spec["dataset"] == "shapes":
         return data.Shapes(spec[f"{split}_scenes"], task=spec["task"], training=split == "train",
                            size=spec["crop"], seed=spec["seed"])
@@ -228,10 +230,11 @@ def print_table(metrics: dict, names: tuple[str, ...]) -> None:
 # ------------------------------------------------------------------------------------------------
 # Command
 
+# Where neither the command nor the run's recipe says.
 DEFAULTS = {"task": "seg", "dataset": "shapes", "data": None, "crop": 128, "scale": None, "seed": 0,
             "train_scenes": 20_000, "val_scenes": 300, "train_list": None, "val_list": None,
             "depth_scale": 1000.0, "crop_width": None, "train_json": None, "val_json": None,
-            "images": None, "boxes": None}  # where neither the command nor the run's recipe says
+            "images": None, "boxes": None, "augment": True}
 
 
 def find_checkpoint(run: str) -> Path:

@@ -222,7 +222,8 @@ class MetaPromptModel(nn.Module):
         backbone = unet.UNet.from_pretrained(source, config.num_heads)
         config = replace(config, unet_channels=backbone.channels, num_heads=backbone.num_heads,
                          context_dim=backbone.context_dim, vae_channels=encoder.channels,
-                         latent_channels=encoder.latent_channels, unet_layers=backbone.layers)
+                         latent_channels=encoder.latent_channels, unet_layers=backbone.layers,
+                         vae_layers=encoder.layers)
         return cls(config, encoder, backbone)
 
     @classmethod

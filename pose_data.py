@@ -33,6 +33,7 @@ from weights import read_json
 PERSON = 1                       # COCO's category; others are left out
 GROUND_TRUTH = "ground-truth boxes"
 VISIBLE_JOINTS = 6               # of a person of an embedded scene that is worth training on
+SCENE_SIDE = 160                 # pixels of an embedded scene, from which people are cropped
 SCENE_TRIES = 16                 # scenes looked at for such a person; nearly all have one
 CATEGORY = {"id": PERSON, "name": "person", "keypoints": list(pose.KEYPOINTS),
             "skeleton": [[a + 1, b + 1] for a, b in pose.SKELETON]}
@@ -308,16 +309,17 @@ def scenes_as_coco(scenes: list[shapes.Scene], names: list[str]) -> dict:
 class ShapesPose(Dataset):
     """People in embedded scenes, `size` x `size` pixels each; crop = (height, width).
 
-    Training: `length` samples per epoch, one person of a new scene each. Evaluation: every person
+    Training: `length` samples per epoch, one person of a new scene each, augmented as CocoPose's if
+    `augmented`: new scenes in every epoch can do without. Evaluation: every person
     of `length` scenes, the same in every run, rendered when first asked for.
     """
 
     boxes = GROUND_TRUTH
 
     def __init__(self, length: int, *, training: bool, crop: tuple[int, int], size: int,
-                 seed: int = 0):
+                 augmented: bool = True, seed: int = 0):
         self.length, self.training, self.crop = length, training, crop
-        self.size, self.seed = size, seed
+        self.size, self.augmented, self.seed = size, augmented, seed
 
     def __len__(self) -> int:
         return self.length if self.training else len(self.rendered[2])
@@ -355,7 +357,8 @@ class ShapesPose(Dataset):
             return make_sample(people, key[1], images[people.image[key[1]]], self.crop)
         rng = np.random.default_rng([self.seed, *key])
         image, people = self.find_people(key)
-        return make_sample(people, int(rng.integers(len(people))), image, self.crop, rng)
+        person = int(rng.integers(len(people)))
+        return make_sample(people, person, image, self.crop, rng if self.augmented else None)
 
     def find_people(self, key: tuple[int, int]) -> tuple[np.ndarray, People]:
         """Image and well visible people of the first scene of `key` that has any."""

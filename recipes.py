@@ -31,7 +31,7 @@ class Recipe:
     train_json: str | None = None  # pose: annotations in COCO's format, instead of the layout's
     val_json: str | None = None
     images: str | None = None  # pose: folder of both splits' images, instead of the layout's
-    augment: bool = True  # pose files; False: crops as in evaluation, to see a model overfit
+    augment: bool = True  # pose; False: crops as in evaluation, for endless scenes or to overfit
     boxes: str | None = None  # pose: file of detected boxes to evaluate on; None: annotated people
     out: str | None = None  # run folder; default runs/TASK-DATASET, numbered if it exists
     seed: int = 0
@@ -103,7 +103,7 @@ TINY = {
 TINY_DEPTH = {**TINY, "max_depth": 80.0, "resize_scale": 0, "schedule": "poly", "val_scenes": 200}
 
 TINY_POSE = {**TINY, "crop_width": 128, "sigma": 2.0, "deconv_channels": (64,), "clip": 0.0,
-             "schedule": "poly", "val_scenes": 100}
+             "schedule": "poly", "val_scenes": 100, "augment": False}
 
 CITYSCAPES = Recipe(  # paper A.1 and Table 6; official: configs/cityscapes.py
     dataset="cityscapes", crop=1024, scale=(2048, 1024), dropout=0.1)

@@ -17,6 +17,7 @@ Writes RUN/{recipe.json, metrics.jsonl, last/, best/, pictures/}.
 import json
 import math
 import resource
+import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -198,7 +199,10 @@ class Log:
 # The loop
 
 def train(recipe: Recipe, resume: bool) -> dict:
-    """Train to the end of the recipe; returns the best metric and where everything was written."""
+    """Train to the end of the recipe, or until a signal.
+
+    Returns {"best": of the main metric, "metric": its name, "run": folder, "steps": steps done}.
+    """
     run = Path(recipe.out)
     device = predict.pick_device(recipe.device)
     dtype = predict.pick_precision(recipe.precision, device)
@@ -207,16 +211,29 @@ def train(recipe: Recipe, resume: bool) -> dict:
     train_set, val_set = (evaluation.open_set(asdict(recipe), split) for split in ("train", "val"))
     print(f"training   {train_set.check()}\nvalidation {val_set.check()}")
     class_names = train_set.classes.names if recipe.task == "seg" else ()
-    model, optimizer, state = start(recipe, resume, class_names, device)
-    loss_of = torch.compile(model.loss) if recipe.compile else model.loss
+    model, optimizer, state = begin(recipe, resume, class_names, device)
     print_plan(recipe, run, model, device, dtype)
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
+    first = state["step"] * (recipe.batch // recipe.micro_batch)
+    batches = Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed, first,
+                                      recipe.workers), len(train_set))
+    with Stop() as stop:
+        loop(recipe, model, optimizer, state, batches, val_set, dtype, stop)
+    if batches.unreadable:
+        (run / "unreadable.txt").write_text("".join(f"{m}\n" for m in batches.unreadable))
+        print(f"skipped    {len(batches.unreadable)} unreadable images, see {run}/unreadable.txt")
+    return {"best": state["best"], "metric": evaluation.MAIN_METRIC[recipe.task][0],
+            "run": str(run), "steps": state["step"]}
+
+
+def loop(recipe: Recipe, model: MetaPromptModel, optimizer, state: dict, batches, val_set,
+         dtype: torch.dtype, stop) -> None:
+    """The steps from state["step"] on, each in the order that it happens in."""
+    run, device = Path(recipe.out), next(model.parameters()).device
+    loss_of = torch.compile(model.loss) if recipe.compile else model.loss
     log = Log(run / "metrics.jsonl", state["step"])
-    accumulate = recipe.batch // recipe.micro_batch
-    batches = Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed,
-                                      state["step"] * accumulate, recipe.workers))
     bar = tqdm(total=recipe.iterations, initial=state["step"], desc="train", unit="step",
                leave=None)                               # not left behind below an ablation's bar
     for step in range(state["step"], recipe.iterations):
@@ -236,15 +253,37 @@ def train(recipe: Recipe, resume: bool) -> dict:
             bar.write(f"step {done}: {evaluation.summary(metrics)}  loss {losses['loss']:.3f}")
             batches.restart()
         # Save, after the evaluation: a resumed run does not repeat it.
-        if done % recipe.save_every == 0 or last:
+        if done % recipe.save_every == 0 or last or stop.asked:
             state["step"] = done
             checkpoint.save_last(run, model, optimizer, state)
+        if stop.asked:
+            break
     bar.close()
-    return {"best": state["best"], "metric": evaluation.MAIN_METRIC[recipe.task][0],
-            "run": str(run)}
 
 
-def start(recipe: Recipe, resume: bool, class_names: tuple[str, ...], device: torch.device):
+class Stop:
+    """SIGTERM and SIGINT (Ctrl-C) ask training to end after this step; a second one ends it now."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask)
+                       for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def ask(self, number, frame) -> None:
+        """Handle a signal."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("stopping   after this step (again: at once, without saving)")
+
+    def __exit__(self, *error) -> None:
+        """Give the signals back to who had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def begin(recipe: Recipe, resume: bool, class_names: tuple[str, ...], device: torch.device):
     """(model, optimiser, state): new, or where the run left off.
 
     state: {"step": steps done, "best": best value of the main metric or None}.
@@ -279,10 +318,12 @@ def judge(recipe: Recipe, model: MetaPromptModel, val_set, dtype: torch.dtype, d
 
 
 class Timed:
-    """Iterator over a loader that knows its rate, and how long it kept the loop waiting."""
+    """Iterator over a loader that knows its rate, how long it kept the loop waiting, and which of
+    the set's `length` images could not be read.
+    """
 
-    def __init__(self, loader):
-        self.iterator = iter(loader)
+    def __init__(self, loader, length: int):
+        self.iterator, self.length, self.unreadable = iter(loader), length, {}
         self.restart()
 
     def restart(self) -> None:
@@ -294,7 +335,18 @@ class Timed:
         batch = next(self.iterator)
         self.waited += time.perf_counter() - start
         self.images += len(batch["image"])
+        for message in filter(None, batch["unreadable"]):
+            self.skip(message)
         return batch
+
+    def skip(self, message: str) -> None:
+        """Note an unreadable image; InputError when they are more than 1 % of the set."""
+        if message not in self.unreadable:
+            self.unreadable[message] = True              # a set that keeps its order
+            tqdm.write(f"skipped    {message}")
+        if len(self.unreadable) > 0.01 * self.length:
+            raise InputError(f"{len(self.unreadable)} of {self.length} training images cannot be "
+                             f"read, more than 1 %; the last: {message}")
 
     def rates(self) -> dict[str, float]:
         """Images per second and share of the time spent waiting for data, since the last call."""
@@ -327,6 +379,10 @@ def main() -> None:
     start = time.perf_counter()
     result = train(recipe, resume=bool(args.resume))
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
+    if result["steps"] < recipe.iterations:
+        print(f"stopped after {result['steps']} of {recipe.iterations} steps; go on with\n"
+              f"python train.py --resume {result['run']}")
+        return
     print(f"best {result['metric']} {result['best']:.4f} after {recipe.iterations} steps "
           f"in {minutes}:{seconds:02d}\n"
           f"wrote {result['run']}/ (best/, last/, metrics.jsonl, pictures/)")

@@ -133,6 +133,7 @@ class VAEEncoder(nn.Module):
                  layers: int = LAYERS):
         super().__init__()
         self.channels, self.latent_channels = tuple(channels), latent_channels
+        self.layers = layers
         self.encoder = Encoder(self.channels, 2 * latent_channels, groups, layers)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
 
@@ -148,12 +149,14 @@ class VAEEncoder(nn.Module):
     def from_pretrained(cls, source: str = weights.SD15) -> "VAEEncoder":
         """Load from a hub id, a local Hugging Face folder or a single LDM file (see weights.py).
 
-        Widths come from the file.  Raises InputError if it is missing, broken or another model.
+        Widths and layers come from the file.  Raises InputError if it is missing, broken or another
+        model.
         """
         tensors, _, path = weights.read_part(source, "vae")
         names = [f"encoder.down_blocks.{level}.resnets.0.conv1.weight" for level in range(4)]
         channels = weights.widths(tensors, names, path)
+        layers = 2 if "encoder.down_blocks.0.resnets.1.conv1.weight" in tensors else 1
         with torch.device("meta"):
-            vae = cls(channels)
+            vae = cls(channels, layers=layers)
         weights.load_strict(vae, tensors, path)
         return vae

@@ -52,33 +52,33 @@ def test_grey_palette_bilevel_and_cmyk(tmp_path):
     colours = np.array([[[255, 0, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0]]], np.uint8)
     image = Image.fromarray(colours)
     for name, picture in (("p.png", image.quantize(4)), ("c.tif", image.convert("CMYK"))):
-        assert np.array_equal(apply.load_picture(save(tmp_path / name, picture)), colours), name
+        assert np.array_equal(data.load_image(save(tmp_path / name, picture)), colours), name
     grey = save(tmp_path / "l.png", np.array([[0, 7, 255]], np.uint8))
-    assert apply.load_picture(grey).tolist() == [[[0] * 3, [7] * 3, [255] * 3]]
+    assert data.load_image(grey).tolist() == [[[0] * 3, [7] * 3, [255] * 3]]
     two = save(tmp_path / "1.png", Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"))
-    assert apply.load_picture(two).tolist() == [[[0] * 3, [255] * 3]]
+    assert data.load_image(two).tolist() == [[[0] * 3, [255] * 3]]
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bits_are_scaled(tmp_path, suffix):
     """65535 is white and 32896 mid-grey: divided by 257, not cut off at 255."""
     path = save(tmp_path / f"a.{suffix}", np.array([[0, 257, 32896, 65535]], np.uint16))
-    assert apply.load_picture(path)[0, :, 1].tolist() == [0, 1, 128, 255]
+    assert data.load_image(path)[0, :, 1].tolist() == [0, 1, 128, 255]
 
 
 def test_transparent_pixels_show_white(tmp_path):
     """Full transparency is white, half blends with white; in RGBA, grey with alpha and palettes."""
     rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 128]]], np.uint8)
-    out = apply.load_picture(save(tmp_path / "a.png", rgba))
+    out = data.load_image(save(tmp_path / "a.png", rgba))
     assert out[0, :2].tolist() == [[10, 20, 30], [255, 255, 255]]
     assert abs(int(out[0, 2, 0]) - 127) <= 1
     grey = Image.merge("LA", [Image.fromarray(np.array([[9, 9]], np.uint8)),
                               Image.fromarray(np.array([[255, 0]], np.uint8))])
-    assert apply.load_picture(save(tmp_path / "la.png", grey))[0, :, 2].tolist() == [9, 255]
+    assert data.load_image(save(tmp_path / "la.png", grey))[0, :, 2].tolist() == [9, 255]
     palette = Image.fromarray(np.array([[0, 1]], np.uint8))
     palette.putpalette([0, 0, 0, 50, 60, 70])
     path = save(tmp_path / "p.png", palette, transparency=0)
-    assert apply.load_picture(path).tolist() == [[[255] * 3, [50, 60, 70]]]
+    assert data.load_image(path).tolist() == [[[255] * 3, [50, 60, 70]]]
 
 
 @pytest.mark.parametrize("orientation, turn", [
@@ -89,7 +89,7 @@ def test_exif_orientation(tmp_path, orientation, turn):
     exif = Image.Exif()
     exif[0x112] = orientation
     path = save(tmp_path / "a.png", noise(5, 8), exif=exif)
-    assert np.array_equal(apply.load_picture(path), turn(noise(5, 8)))
+    assert np.array_equal(data.load_image(path), turn(noise(5, 8)))
 
 
 def test_unusable_files(tmp_path):
@@ -102,7 +102,7 @@ def test_unusable_files(tmp_path):
     for name, message in (("f.tif", "floating-point"), ("i.tif", "70000"), ("t.png", "decoded"),
                           ("text.jpg", "decoded"), ("none.png", "does not exist")):
         with pytest.raises(InputError, match=f"{name} .*{message}"):
-            apply.load_picture(tmp_path / name)
+            data.load_image(tmp_path / name)
 
 
 def test_find_images(tmp_path):
@@ -176,7 +176,7 @@ def test_labels_are_those_of_evaluation(tmp_path, size, scale):
     classes = data.plain_classes(tuple(map(str, range(255))))
     dataset = data.SegFiles([pair], classes, training=False, crop=64, scale=scale)
     model, sample = Pointwise(SEG), dataset[0, 0]
-    image = apply.load_picture(pair[0])
+    image = data.load_image(pair[0])
     setup = seg_setup(protocol, max_side=512)
     assert min(size) < 64 or np.array_equal(
         apply.model_input(image, protocol, 512),

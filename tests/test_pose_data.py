@@ -438,6 +438,21 @@ def test_a_miniature_set_trains_resumes_and_evaluates(tmp_path, monkeypatch, cap
     assert "(found.json)" in capsys.readouterr().out
 
 
+def test_the_embedded_people_train_and_evaluate(tmp_path, monkeypatch, capsys):
+    """`train.py --task pose` needs no files; eval.py on its run prints the same figures."""
+    out = tmp_path / "run"
+    for command, flags in (
+            (train.main, ["--task", "pose", *SMALL, "--val-scenes", "2", "--out", str(out)]),
+            (eval_command.main, ["--checkpoint", str(out), "--workers", "0", "--precision",
+                                 "float32"])):
+        monkeypatch.setattr("sys.argv", ["command", *flags])
+        errors.run_command(command)
+    record = [json.loads(line) for line in (out / "metrics.jsonl").open()][-1]
+    report = json.loads((out / "eval" / "metrics.json").read_text())
+    assert report["images"] >= 2 and report["AP"] == pytest.approx(record["AP"])
+    assert (out / "pictures" / "step_000002.png").is_file()
+
+
 @pytest.mark.slow
 def test_the_full_recipe_takes_a_step_in_bfloat16(tmp_path):
     """COCO's recipe at SD1.5's width, 576 x 448, T = 3: one optimiser step, in less than 22 GB."""

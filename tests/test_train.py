@@ -3,6 +3,10 @@
     pytest tests/test_train.py
 """
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import data
 import errors
 import eval as evaluation
 import predict
@@ -157,6 +162,93 @@ def test_resuming_is_exact_to_the_bit(tmp_path):
             assert all(torch.equal(a[k], b[k]) for k in a), (stop, name)
         steps = [json.loads(line)["step"] for line in (run_folder / "metrics.jsonl").open()]
         assert steps == [1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch, capsys, number):
+    """Asked to stop in step 2 of 4: saved there, exit without error, the command to go on printed;
+    resumed, the weights are those of a run that was never stopped.
+    """
+    whole = recipe(tmp_path / "whole", "--iterations", 4, "--eval-every", 4)
+    train.train(whole, resume=False)
+    out, step = tmp_path / "stopped", train.train_step
+
+    def interrupted(*arguments):
+        if arguments[4] == 1:
+            signal.raise_signal(number)
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted)
+        patch.setattr("sys.argv", ["train.py", *TINY, "--iterations", "4", "--eval-every", "4",
+                                   "--out", str(out)])
+        train.main()
+    assert json.loads((out / "last" / "state.json").read_text())["step"] == 2
+    assert f"stopped after 2 of 4 steps; go on with\npython train.py --resume {out}" in \
+        capsys.readouterr().out
+    train.train(replace(whole, out=str(out)), resume=True)
+    a, b = (load_file(folder / "last" / "model.safetensors") for folder in (Path(whole.out), out))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def run_and_kill(arguments, delay):
+    """Start a training process and SIGKILL it after `delay` seconds; whether it ended before."""
+    process = subprocess.Popen([sys.executable, "train.py", *map(str, arguments)],
+                               cwd=Path(train.__file__).parent, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    try:
+        return process.wait(timeout=delay) == 0
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [50])
+def test_kills_at_any_moment_lose_nothing(tmp_path, kills):
+    """SIGKILL at random moments, again and again: every start resumes, and the last weights are
+    bit-identical to those of a run that was left alone.
+    """
+    flags = [*TINY, "--iterations", kills, "--eval-every", kills, "--save-every", 1]
+    train.train(recipe(tmp_path / "whole", *flags[len(TINY):]), resume=False)
+    out, rng, killed = tmp_path / "killed", np.random.default_rng(0), 0
+    while True:
+        begun = (out / "last" / "state.json").is_file() or (out / "last.previous").is_dir()
+        if not begun and out.exists():
+            shutil.rmtree(out)
+        delay = rng.uniform(5, 14) if killed < kills else 600
+        if run_and_kill(["--resume", out] if begun else [*flags, "--out", out], delay):
+            break
+        killed += 1
+    a = load_file(tmp_path / "whole" / "last" / "model.safetensors")
+    b = load_file(out / "last" / "model.safetensors")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    print(f"{killed} kills")
+
+
+def test_an_unreadable_image_is_replaced_and_counted():
+    """The next sample stands in; the message is kept once; more than 1 % of the set is an error."""
+    class Files(torch.utils.data.Dataset):
+        def __len__(self):
+            return 200
+
+        def __getitem__(self, key):
+            if key[1] in (5, 6, 9):
+                raise InputError(f"{key[1]}.jpg cannot be decoded")
+            return {"image": torch.full((1,), float(key[1])), "name": str(key[1])}
+
+    tolerant = data.Tolerant(Files())
+    assert tolerant[0, 5]["name"] == "7" and "5.jpg" in tolerant[0, 5]["unreadable"]
+    batches = train.Timed(iter([{"image": torch.zeros(2, 1), "unreadable": ["", "5.jpg bad"]}] * 2
+                               + [{"image": torch.zeros(1, 1), "unreadable": ["6.jpg bad"]},
+                                  {"image": torch.zeros(1, 1), "unreadable": ["9.jpg bad"]}]), 200)
+    for _ in range(3):
+        next(batches)
+    assert list(batches.unreadable) == ["5.jpg bad", "6.jpg bad"]
+    with pytest.raises(InputError, match="3 of 200 training images cannot be read.*9.jpg"):
+        next(batches)
 
 
 def test_training_learns_and_writes_everything(tmp_path, capsys):
