@@ -2,7 +2,7 @@
 
     RUN/last/            config.json, model.safetensors, optimizer.safetensors, state.json
     RUN/last.previous/   the one before, in case the newest proves unreadable
-    RUN/best/            config.json, model.safetensors
+    RUN/best/            config.json, model.safetensors, README.md (model card)
 
 A checkpoint is written to a folder of another name, flushed to the disk and then renamed: whenever
 the program dies, `last` or `last.previous` is complete.
@@ -48,10 +48,46 @@ def empty_folder(path: Path) -> Path:
     return path
 
 
-def save_best(run: Path, model: MetaPromptModel) -> None:
-    """Write RUN/best."""
+CARD = """---
+tags: [meta-prompts, {task}]
+license: {licence}
+---
+# Meta Prompts: {task}, {dataset}
+
+Trained with `train.py` of Meta Prompts in plain PyTorch (Wan et al. 2023, arXiv:2312.14733); load it
+with `MetaPromptModel.from_pretrained`.  Images are RGB in [0, 1].
+
+Metrics on the validation set after step {step}: {metrics}
+
+{note}
+
+Recipe:
+```json
+{recipe}
+```
+"""
+LICENCES = {  # (licence of what is uploaded, what its user must know)
+    True: ("mit", "The backbone started from random weights: no Stable Diffusion in it."),
+    False: ("creativeml-openrail-m", "Fine-tuned from Stable Diffusion 1.x, whose CreativeML "
+            "OpenRAIL-M licence and use restrictions pass on to this model.  The data set has "
+            "terms of its own."),
+}
+
+
+def model_card(recipe: dict, metrics: dict, step: int) -> str:
+    """Text of the Hub's README.md: task, recipe, metrics (scalars only), licence."""
+    licence, note = LICENCES[recipe["backbone"] == "tiny" or recipe["init"] == "random"]
+    scalars = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+    shown = {k: v for k, v in recipe.items() if k not in ("out", "data", "device")}
+    return CARD.format(task=recipe["task"], dataset=recipe["dataset"], licence=licence, note=note,
+                       step=step, metrics=scalars, recipe=json.dumps(shown, indent=2))
+
+
+def save_best(run: Path, model: MetaPromptModel, card: str = "") -> None:
+    """Write RUN/best, ready for the Hub; `card` is its README.md."""
     folder = empty_folder(run / "best.tmp")
     model.save_pretrained(folder)
+    (folder / "README.md").write_text(card)
     replace_folder(folder, run / "best", keep=False)
 
 

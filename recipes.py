@@ -103,7 +103,9 @@ TINY = {
 TINY_DEPTH = {**TINY, "max_depth": 80.0, "resize_scale": 0, "schedule": "poly", "val_scenes": 200}
 
 TINY_POSE = {**TINY, "crop_width": 128, "sigma": 2.0, "deconv_channels": (64,), "clip": 0.0,
-             "schedule": "poly", "val_scenes": 100, "augment": False}
+             "schedule": "poly", "lr": 1.5e-3, "unet_lr_mult": 1.0, "batch": 6,
+             "micro_batch": 6, "iterations": 900, "eval_every": 450, "val_scenes": 40,
+             "augment": False}
 
 CITYSCAPES = Recipe(  # paper A.1 and Table 6; official: configs/cityscapes.py
     dataset="cityscapes", crop=1024, scale=(2048, 1024), dropout=0.1)

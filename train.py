@@ -313,7 +313,8 @@ def judge(recipe: Recipe, model: MetaPromptModel, val_set, dtype: torch.dtype, d
     name, sign = evaluation.MAIN_METRIC[recipe.task]
     if state["best"] is None or sign * (metrics[name] - state["best"]) > 0:
         state["best"] = metrics[name]
-        checkpoint.save_best(run, model)
+        card = checkpoint.model_card(asdict(recipe), metrics, done)
+        checkpoint.save_best(run, model, card)
     return metrics
 
 

@@ -6,6 +6,8 @@ back as the labels that were predicted.
 
     python -m pytest tests/test_cityscapes.py
 """
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,9 @@ from PIL import Image
 
 import city_data
 import data
+import errors
+import eval as evaluation
+import train
 from errors import InputError
 
 H, W = 24, 48
@@ -382,3 +387,34 @@ def test_export_refuses_what_is_no_label(tmp_path, value):
     with pytest.raises(ValueError, match=f"a.png: {value} is no label of 19 classes"):
         data.export_labels(tmp_path, "a.png", label_of(0, value), classes)
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------
+# The commands
+
+SMALL = ["--backbone", "tiny", "--unet-channels", "32", "32", "64", "64", "--vae-channels", "32",
+         "32", "32", "32", "--context-dim", "16", "--num-prompts", "4", "--head-channels", "8",
+         "--batch", "2", "--micro-batch", "2", "--precision", "float32", "--workers", "0",
+         "--log-every", "1", "--iterations", "1", "--save-every", "1", "--eval-every", "1",
+         "--crop", "64", "--scale", "96", "48"]
+
+
+def test_the_real_commands_pretrain_and_finetune_and_export(city, vistas, tmp_path, monkeypatch):
+    """Mapillary, then Cityscapes from its weights, then an export whose ids read back as labels."""
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "submission"
+    for command, flags in (
+            (train.main, ["--dataset", "mapillary", "--data", str(vistas), *SMALL, "--out",
+                          str(first)]),
+            (train.main, ["--dataset", "cityscapes", "--data", str(city), *SMALL, "--init-from",
+                          str(first), "--out", str(second)]),
+            (evaluation.main, ["--checkpoint", str(second), "--workers", "0", "--precision",
+                               "float32", "--export", str(out)])):
+        monkeypatch.setattr("sys.argv", ["command", *flags])
+        errors.run_command(command)
+    report = json.loads((second / "eval" / "metrics.json").read_text())
+    assert report["protocol"]["window"] == 1024 and len(report["IoU"]) == 19
+    (exported,) = out.iterdir()
+    assert exported.name == f"{FRANKFURT}_leftImg8bit.png"
+    ids = np.asarray(Image.open(exported))
+    labels = city_data.cityscapes_classes(label_ids=True).lut[ids]
+    assert ids.shape == (H, W) and (labels < 19).all()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracles import randomise
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 
 from errors import InputError
 from model import Config, MetaPromptModel, rearrange
@@ -254,3 +255,20 @@ def test_unet_reads_the_prompts_as_context(images):
         model(images)
     assert len(seen) == 3 * 16 and all(torch.equal(c, model.prompts) for c in seen)
     assert isinstance(model.unet, UNet)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task,target", [
+    ("seg", torch.zeros(2, 64, 64, dtype=torch.long)), ("depth", torch.ones(2, 64, 64)),
+    ("pose", torch.full((2, 17, 3), 30.0))])
+def test_a_training_step_compiles_to_one_graph(task, target):
+    """torch.compile sees no graph break in forward and losses, and compiles once for all steps."""
+    config = Config(task=task, num_classes=3, num_prompts=4, refine_steps=3, head_channels=8,
+                    context_dim=16, num_heads=2, unet_channels=(32, 32, 64, 64), sigma=1.0,
+                    vae_channels=(32,) * 4, deconv_channels=(8,), shared_prompts=task == "seg",
+                    prompt_adapter=task != "seg")
+    model, counter = MetaPromptModel(config).train(), CompileCounter()
+    loss_of = torch.compile(model.loss, backend=counter, fullgraph=True)
+    for _ in range(3):
+        sum(loss_of(torch.rand(2, 3, 64, 64), target).values()).backward()
+    assert counter.frame_count == 1

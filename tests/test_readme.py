@@ -51,3 +51,18 @@ def test_every_eval_command_of_the_readme_parses(monkeypatch):
         args = evaluation.parse()
         if args.official:
             predict.find_protocol(args.task, args.dataset)
+
+
+def test_quoted_code_is_the_codes():
+    """Each block quoted from a file is in that file, line by line."""
+    quoted = re.findall(r"<!-- quoted from (\S+) -->\n```python\n(.*?)```", README, re.S)
+    assert len(quoted) >= 3
+    for name, block in quoted:
+        assert block in (ROOT / name).read_text(), f"{name} no longer holds:\n{block}"
+
+
+def test_links_lead_to_files():
+    """Every relative link and picture of the README exists."""
+    text = re.sub(r"```.*?```", "", README, flags=re.S)
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
