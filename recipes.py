@@ -95,12 +95,13 @@ TINY = {
     "backbone": "tiny", "num_prompts": 32, "head_channels": 32, "context_dim": 64, "num_heads": 1,
     "unet_channels": (32, 32, 64, 64), "vae_channels": (8, 16, 32, 64), "latent_channels": 16,
     "norm_groups": 8, "unet_layers": 1, "vae_layers": 1, "refine_steps": 2, "iterations": 300,
-    "batch": 16, "micro_batch": 16, "lr": 6e-3, "unet_lr_mult": 0.4, "weight_decay": 1e-2,
+    "batch": 16, "micro_batch": 16, "lr": 5e-3, "unet_lr_mult": 0.15, "weight_decay": 1e-2,
     "warmup": 20, "crop": 128, "scale": None, "workers": 0, "gradient_checkpointing": False,
     "log_every": 10, "eval_every": 150, "save_every": 150,
 }
 
-TINY_DEPTH = {**TINY, "max_depth": 80.0, "resize_scale": 0, "schedule": "poly", "val_scenes": 200}
+TINY_DEPTH = {**TINY, "max_depth": 80.0, "resize_scale": 0, "schedule": "poly", "lr": 6e-3,
+              "unet_lr_mult": 0.4, "val_scenes": 200}
 
 TINY_POSE = {**TINY, "crop_width": 128, "sigma": 2.0, "deconv_channels": (64,), "clip": 0.0,
              "schedule": "poly", "lr": 1.5e-3, "unet_lr_mult": 1.0, "batch": 6,
