@@ -54,8 +54,8 @@ license: {licence}
 ---
 # Meta Prompts: {task}, {dataset}
 
-Trained with `train.py` of Meta Prompts in plain PyTorch (Wan et al. 2023, arXiv:2312.14733); load it
-with `MetaPromptModel.from_pretrained`.  Images are RGB in [0, 1].
+Trained with `train.py` of Meta Prompts in plain PyTorch (Wan et al. 2023, arXiv:2312.14733); load
+it with `MetaPromptModel.from_pretrained`.  Images are RGB in [0, 1].
 
 Metrics on the validation set after step {step}: {metrics}
 

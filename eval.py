@@ -237,12 +237,12 @@ DEFAULTS = {"task": "seg", "dataset": "shapes", "data": None, "crop": 128, "scal
             "images": None, "boxes": None, "augment": True}
 
 
-def find_checkpoint(run: str) -> Path:
-    """Folder of the model to evaluate: RUN/best, else RUN/last, else RUN itself."""
+def find_checkpoint(run: str, flag: str = "--checkpoint") -> Path:
+    """Folder of a run's model: RUN/best, else RUN/last, else RUN itself; or InputError."""
     for folder in (Path(run) / "best", Path(run) / "last", Path(run)):
         if (folder / "config.json").is_file():
             return folder
-    raise InputError(f"--checkpoint {run}: neither it nor its best/ or last/ holds a config.json")
+    raise InputError(f"{flag} {run}: neither it nor its best/ or last/ holds a config.json")
 
 
 def recipe_of(folder: Path) -> dict:

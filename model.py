@@ -37,7 +37,7 @@ class Config:
     """What a model is: saved as config.json beside the weights.  Defaults: ADE20K."""
 
     task: str = "seg"  # "seg", "depth" or "pose"
-    num_prompts: int = 150  # N; paper Table 6 (seg 150), 7 (depth 50) and 8 (pose 150)
+    num_prompts: int = 150  # N; paper Table 6 (seg 150), 7 (depth 50), A.3 (pose 150)
     refine_steps: int = 3  # T; paper 4.3
     shared_prompts: bool = True  # one matrix for all passes (official seg), or one per pass (depth)
     prompt_adapter: bool = False  # Linear-GELU-Linear on the prompts (official depth only)
@@ -104,7 +104,7 @@ def enlarge(images: Tensor, scale: int) -> Tensor:
 class MetaPromptModel(nn.Module):
     """The paper's model for one task.
 
-    model(images) -> prediction at image size; model(images, target) -> named losses, to be added.
+    model(images) -> prediction (see forward); model(images, target) -> named losses, to be added.
     `encoder` and `backbone` may be given (pretrained); else they start from random weights.
     """
 
@@ -175,7 +175,7 @@ class MetaPromptModel(nn.Module):
             prompts = self.context(step)                    # (1, N, D)               3.2.1 learned
             temb = self.timestep(step)                      # (1, 4*C0)               3.3   learned
             features = self.unet(latents, temb, prompts)    # 4 x (B, C_i, h_i, w_i)  3.1
-        maps = self.neck(features)                          # M x (B, D, h, w)        M = 4, depth 1
+        maps = self.neck(features)                          # M x (B, D, h, w)        M = 4, else 1
         if self.config.rearrange:
             maps = [rearrange(m, prompts) for m in maps]    # M x (B, N, h, w)        3.2.2
         if target is None:

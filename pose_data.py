@@ -14,7 +14,6 @@ x and y in pixels of the crop and 1 if labelled else 0; "name". In evaluation al
 "image_id"; "id", the sample's number.
 """
 import functools
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ import pose
 import shapes
 from data import CHECKED_FILES, VAL_SEED, find_root, load_image, to_sample
 from errors import InputError
+from oks import numbers
 from weights import read_json
 
 PERSON = 1                       # COCO's category; others are left out
@@ -62,27 +62,6 @@ class People:
 
 # ------------------------------------------------------------------------------------------------
 # COCO's files
-
-def numbers(entry: dict, key: str, count: int, where: str) -> list:
-    """entry[key], a list of `count` finite numbers; else an InputError that starts with `where`."""
-    value = entry.get(key)
-    try:
-        fits = isinstance(value, list) and len(value) == count and all(map(math.isfinite, value))
-    except (TypeError, OverflowError):
-        fits = False
-    if not fits:
-        found = f"{len(value)} values" if isinstance(value, list) else repr(value)
-        raise InputError(f"{where}: {key} must be {count} finite numbers, got {found}")
-    return value
-
-
-def number(entry: dict, key: str, where: str) -> float:
-    """entry[key], a finite number; else an InputError that starts with `where`."""
-    value = entry.get(key)
-    if not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
-        raise InputError(f"{where}: {key} must be a finite number, got {value!r}")
-    return value
-
 
 def read_images(path: Path, entries: list) -> list[dict]:
     """The images of a COCO file, only the keys in use; InputError naming a bad one."""
@@ -124,7 +103,7 @@ def read_person(path: Path, position: int, entry, images: set) -> dict | None:
         entry["num_keypoints"] = sum(max(xy) != 0 for xy in zip(joints[0::3], joints[1::3]))
     return {"id": entry["id"], "image_id": image, "category_id": PERSON, "keypoints": joints,
             "bbox": numbers(entry, "bbox", 4, where),
-            **{key: number(entry, key, where) for key in ("area", "iscrowd", "num_keypoints")}}
+            **{key: numbers(entry, key, 0, where) for key in ("area", "iscrowd", "num_keypoints")}}
 
 
 def read_coco(path: Path) -> dict:
@@ -203,7 +182,7 @@ def detected_people(path: Path, coco: dict, source: Path) -> People:
             raise InputError(f"{where}: its box is {w:g} wide and {h:g} high: bbox is (left, top, "
                              "width, height)")
         found.append((index_of[image], (x, y, x + w, y + h), [0] * 51,
-                      number(entry, "score", where)))
+                      numbers(entry, "score", 0, where)))
     return columns(coco["images"], found)
 
 

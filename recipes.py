@@ -117,7 +117,7 @@ DEPTH = Recipe(  # paper Table 7 and A.2; spec B.4
     micro_batch=3, lr=5e-4, schedule="two-phase", min_lr=3e-5, unet_lr_mult=0.01,
     weight_decay=0.1, warmup=0, crop=480, scale=None, eval_every=1009)
 
-POSE = Recipe(  # paper Table 8 (A.3); what it leaves open as in decisions 10 and 11
+POSE = Recipe(  # paper A.3; what it leaves open as in decisions 10 and 11
     task="pose", dataset="coco", num_prompts=150, shared_prompts=False, prompt_adapter=True,
     iterations=210 * 2341, batch=64, micro_batch=4, lr=5e-4, schedule="step", unet_lr_mult=0.01,
     weight_decay=0.1, warmup=500, warmup_ratio=1e-3, clip=1.0, crop=576, crop_width=448,

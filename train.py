@@ -92,21 +92,17 @@ def second_stage(config: Config, run: str) -> MetaPromptModel:
     Other numbers of classes and of passes are possible, see `adapt`.  InputError if anything else
     that the weights depend on differs.
     """
-    places = [folder for folder in (Path(run) / "best", Path(run) / "last", Path(run))
-              if (folder / "config.json").is_file()]
-    if not places:
-        raise InputError(f"--init-from {run}: neither it nor its best/ or last/ holds a config.json"
-                         "; is it a run folder of train.py?")
-    theirs = asdict(read_config(places[0] / "config.json"))
+    folder = evaluation.find_checkpoint(run, "--init-from")
+    theirs = asdict(read_config(folder / "config.json"))
     if not config.train_encoder:
         config = replace(config, **{name: theirs[name] for name in WIDTHS})
     differing = [f"{name} {theirs[name]} (here {value})" for name, value in asdict(config).items()
                  if name not in MAY_DIFFER and theirs[name] != value]
     if differing:
-        raise InputError(f"--init-from {places[0]} has {', '.join(differing)}: only "
+        raise InputError(f"--init-from {folder} has {', '.join(differing)}: only "
                          f"{', '.join(MAY_DIFFER)} may differ; give the same flags as there")
-    source, model = MetaPromptModel.from_pretrained(places[0]), MetaPromptModel(config)
-    print(f"backbone   and all other weights: those of {places[0]}")
+    source, model = MetaPromptModel.from_pretrained(folder), MetaPromptModel(config)
+    print(f"backbone   and all other weights: those of {folder}")
     model.load_state_dict(adapt(source, model))
     return model
 
