@@ -235,11 +235,14 @@ def test_paths_replace_the_layout(tmp_path):
 
 @pytest.mark.parametrize("entry,named", [
     (person(8, image=70), "annotation 8: image_id 70 is not among"),
-    (person(8, keypoints=[1] * 48), r"annotation 8: keypoints is .*\(48 values\), but should be a list of 51"),
+    (person(8, keypoints=[1] * 48),
+     r"annotation 8: keypoints is .*\(48 values\), but should be a list of 51"),
     (person(8, keypoints=["x"] * 51), "annotation 8: keypoints is .* a list of 51 finite numbers"),
-    (person(8, keypoints=[float("nan")] * 51), "annotation 8: keypoints is .*nan.* a list of 51 finite numbers"),
+    (person(8, keypoints=[float("nan")] * 51),
+     "annotation 8: keypoints is .*nan.* a list of 51 finite numbers"),
     (person(8, bbox=[1, 2, 3]), r"annotation 8: bbox is .*\(3 values\), but should be a list of 4"),
-    (person(8, bbox="all"), "annotation 8: bbox is 'all', but should be a list of 4 finite numbers"),
+    (person(8, bbox="all"),
+     "annotation 8: bbox is 'all', but should be a list of 4 finite numbers"),
     (person(8, area=None), "annotation 8: area is None, but should be a finite number"),
     (person(8, bbox=[120, 5, 9, 9]), r"annotation 8: its box \[120, 5, 9, 9\].*image 7, 100x80"),
     (person(8, bbox=[5, -30, 9, 9]), "annotation 8: its box.*is outside image 7"),
