@@ -233,11 +233,11 @@ def read_boxes(path: Path) -> dict[str, list]:
         name, number = entry.get("file_name"), entry.get("image_id")
         if not isinstance(name, str) and not isinstance(number, int):
             raise InputError(f"{where}: file_name (a text) or image_id (an integer) must be there")
-        box = pose_data.numbers(entry, "bbox", 4, where)
+        box = oks.numbers(entry, "bbox", 4, where)
         if min(box[2:]) <= 0:
             raise InputError(f"{where}: its box is {box[2]:g} wide and {box[3]:g} high: bbox is "
                              "(left, top, width, height)")
-        score = pose_data.number({"score": 1.0, **entry}, "score", where)
+        score = oks.numbers({"score": 1.0, **entry}, "score", 0, where)
         if entry.get("category_id", pose_data.PERSON) == pose_data.PERSON:
             key = Path(name).as_posix() if isinstance(name, str) else f"#{number}"
             found.setdefault(key, []).append({"image_id": number, "bbox": box, "score": score})
