@@ -69,6 +69,7 @@ class Recipe:
     schedule: str = "poly"  # linear decay to 0; "two-phase": official depth; "step": pose
     min_lr: float = 0.0  # two-phase only
     unet_lr_mult: float = 0.1  # official: configs/ade.py
+    muon_lr: float = 0.0  # above 0: of all layers' weights, which Muon moves (muon.py); ours
     weight_decay: float = 1e-3  # paper Table 6
     warmup: int = 1500  # paper Table 6
     warmup_ratio: float = 1e-6  # official
@@ -89,24 +90,22 @@ class Recipe:
     save_every: int = 1000
 
 
-# What a tiny backbone from random weights gets instead: ours.  Narrower or wider, T = 1 or 2, all
-# learned equally fast per image in our trials: this one is cheap (README, "What has been run").
+# What a tiny backbone from random weights gets instead: ours.  Cheap rather than good, and Muon,
+# without which its features collapse (muon.py).
 TINY = {
     "backbone": "tiny", "num_prompts": 32, "head_channels": 32, "context_dim": 64, "num_heads": 1,
     "unet_channels": (32, 32, 64, 64), "vae_channels": (8, 16, 32, 64), "latent_channels": 16,
-    "norm_groups": 8, "unet_layers": 1, "vae_layers": 1, "refine_steps": 2, "iterations": 300,
-    "batch": 16, "micro_batch": 16, "lr": 5e-3, "unet_lr_mult": 0.15, "weight_decay": 1e-2,
-    "warmup": 20, "crop": 128, "scale": None, "workers": 0, "gradient_checkpointing": False,
-    "log_every": 10, "eval_every": 150, "save_every": 150,
+    "norm_groups": 8, "unet_layers": 1, "vae_layers": 1, "refine_steps": 2, "iterations": 600,
+    "batch": 8, "micro_batch": 8, "lr": 5e-3, "unet_lr_mult": 0.15, "muon_lr": 0.02,
+    "weight_decay": 1e-2, "warmup": 20, "crop": 128, "scale": None, "workers": 0,
+    "gradient_checkpointing": False, "log_every": 10, "eval_every": 300, "save_every": 300,
 }
 
-TINY_DEPTH = {**TINY, "max_depth": 80.0, "resize_scale": 0, "schedule": "poly", "lr": 6e-3,
-              "unet_lr_mult": 0.4, "val_scenes": 200}
+TINY_DEPTH = {**TINY, "max_depth": 80.0, "resize_scale": 0, "schedule": "poly", "val_scenes": 200}
 
 TINY_POSE = {**TINY, "crop_width": 128, "sigma": 2.0, "deconv_channels": (64,), "clip": 0.0,
-             "schedule": "poly", "lr": 1.5e-3, "unet_lr_mult": 1.0, "batch": 6,
-             "micro_batch": 6, "iterations": 900, "eval_every": 450, "val_scenes": 40,
-             "augment": False}
+             "schedule": "poly", "lr": 1.5e-3, "unet_lr_mult": 1.0, "iterations": 800,
+             "eval_every": 400, "val_scenes": 40, "augment": False}
 
 CITYSCAPES = Recipe(  # paper A.1 and Table 6; official: configs/cityscapes.py
     dataset="cityscapes", crop=1024, scale=(2048, 1024), dropout=0.1)
@@ -266,6 +265,9 @@ def check(recipe: Recipe) -> None:
                          "no multiple of 64, the UNet's coarsest stride")
     if recipe.task == "pose" and (3 * recipe.sigma) % 1:
         raise InputError(f"--sigma {recipe.sigma}: 3 sigma must be an integer")
+    if recipe.lr <= 0 or recipe.muon_lr < 0:
+        raise InputError(f"--lr {recipe.lr}, --muon-lr {recipe.muon_lr}: rates must be positive (0 "
+                         "for --muon-lr: AdamW moves all weights)")
     if recipe.init not in ("auto", "random"):
         raise InputError(f"--init {recipe.init}: auto or random")
     if recipe.precision not in ("auto", "bfloat16", "float32"):

@@ -370,7 +370,7 @@ def test_another_recipe_does_not_mix_with_finished_runs(tmp_path):
     made = ablate.run_recipe(base, VARIANTS["baseline"], 0)
     (folder / "recipe.json").write_text(json.dumps({**vars(made), "device": "cuda"}))
     assert ablate.run_recipe(base, VARIANTS["baseline"], 0) == made
-    with pytest.raises(InputError, match="iterations 300, this command 9"):
+    with pytest.raises(InputError, match="iterations 600, this command 9"):
         ablate.ablate(replace(base, iterations=9), 1, None, None)
 
 
