@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import augment
+import parallel
 import shapes
 from errors import InputError
 
@@ -337,24 +338,29 @@ def open_dataset(name: str, root: str | None, split: str, *, size: int,
 class Stream(Sampler):
     """Endless micro-batches of (epoch, index): shuffled epochs laid end to end, from `start` on.
 
+    `part` = (r, W): of each group of W * batch keys, which `start` counts, the r-th batch.
     DEVIATION: a batch may span two epochs; mmsegmentation drops an epoch's last partial batch.
     """
 
-    def __init__(self, length: int, batch: int, seed: int, start: int = 0):
+    def __init__(self, length: int, batch: int, seed: int, start: int = 0,
+                 part: tuple[int, int] = (0, 1)):
         self.length, self.batch, self.seed, self.start = length, batch, seed, start
+        self.part = part
 
     def order(self, epoch: int) -> np.ndarray:
         """Permutation of the indices in `epoch`: a function of (seed, epoch) alone."""
         return np.random.default_rng([self.seed, epoch]).permutation(self.length)
 
     def __iter__(self):
-        epoch, position = divmod(self.start * self.batch, self.length)
+        number, parts = self.part
+        together = self.batch * parts
+        epoch, position = divmod(self.start * together, self.length)
         keys = []
         while True:
             for index in self.order(epoch)[position:].tolist():
                 keys.append((epoch, index))
-                if len(keys) == self.batch:
-                    yield keys
+                if len(keys) == together:
+                    yield keys[number * self.batch:][:self.batch]
                     keys = []
             epoch, position = epoch + 1, 0
 
@@ -390,15 +396,20 @@ def ignore_interrupts(worker: int) -> None:
 
 
 def train_loader(dataset: Dataset, batch: int, seed: int, start: int, workers: int) -> DataLoader:
-    """Micro-batches from number `start` on, without end."""
+    """This process's micro-batches from number `start` on, without end."""
+    stream = Stream(len(dataset), batch, seed, start, (parallel.rank(), parallel.world()))
     return DataLoader(Tolerant(dataset), worker_init_fn=ignore_interrupts,
-                      batch_sampler=Stream(len(dataset), batch, seed, start), num_workers=workers,
+                      batch_sampler=stream, num_workers=workers,
                       pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
 
 
 def eval_loader(dataset: Dataset, batch: int, workers: int) -> DataLoader:
-    """The whole set once, in order; batch > 1 needs images of one size."""
+    """The whole set once, in order; batch > 1 needs images of one size.
+
+    Of several processes, the r-th of W has batches r, r + W, r + 2W, ...
+    """
     keys = [(0, index) for index in range(len(dataset))]
     batches = [keys[i:i + batch] for i in range(0, len(keys), batch)]
+    batches = batches[parallel.rank()::parallel.world()]
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                       pin_memory=torch.cuda.is_available())

@@ -29,6 +29,7 @@ import data
 import depth_data
 import heatmaps
 import oks
+import parallel
 import pictures
 import pose
 import pose_data
@@ -71,15 +72,24 @@ def open_set(spec: dict, split: str):
 # Whole sets
 
 def on_device(dataset, batch: int, workers: int, device: torch.device):
-    """The whole set in order, with a progress bar: (batch, images, target, samples to draw)."""
-    chosen, seen = {len(dataset) * i // PICTURES for i in range(PICTURES)}, 0
-    with tqdm(total=len(dataset), desc="evaluate", unit="image", leave=False) as bar:
-        for samples in data.eval_loader(dataset, batch, workers):
+    """This process's share of the set in order, with a progress bar: (batch, images, target,
+    samples to draw).
+    """
+    chosen = {len(dataset) * i // PICTURES for i in range(PICTURES)}
+    loader = data.eval_loader(dataset, batch, workers)
+    with tqdm(total=sum(map(len, loader.batch_sampler)), desc="evaluate", unit="image",
+              leave=False, disable=parallel.rank() > 0) as bar:
+        for number, samples in enumerate(loader):
+            first = batch * (number * parallel.world() + parallel.rank())
             images = samples["image"].to(device, non_blocking=True)
-            drawn = [i for i in range(len(images)) if seen + i in chosen]
+            drawn = [i for i in range(len(images)) if first + i in chosen]
             yield samples, images, samples["target"].to(device), drawn
-            seen += len(images)
             bar.update(len(images))
+
+
+def merged(parts: list[list]) -> list:
+    """Items of the whole set in order, from lists for each batch of this process."""
+    return [item for part in parallel.in_order(parts) for item in part]
 
 
 def evaluate_seg(model: MetaPromptModel, dataset, protocol: Protocol, dtype: torch.dtype, *,
@@ -100,10 +110,11 @@ def evaluate_seg(model: MetaPromptModel, dataset, protocol: Protocol, dtype: tor
         if export is not None:
             for i, name in enumerate(batch["name"]):
                 data.export_labels(export, name, prediction[i].cpu().numpy(), dataset.classes)
-        rows += [(images[i].cpu(), target[i].cpu(), prediction[i].cpu()) for i in drawn]
+        rows.append([(images[i].cpu(), target[i].cpu(), prediction[i].cpu()) for i in drawn])
+    rows = merged(rows)
     if sheet is not None:
         pictures.save_seg_sheet(sheet, rows, dataset.classes)
-    return seg_metrics(counts.cpu())
+    return seg_metrics(parallel.total(counts).cpu())
 
 
 def evaluate_depth(model: MetaPromptModel, dataset, protocol: DepthProtocol, dtype: torch.dtype,
@@ -119,13 +130,15 @@ def evaluate_depth(model: MetaPromptModel, dataset, protocol: DepthProtocol, dty
     for batch, images, target, drawn in on_device(dataset, protocol.batch, workers, device):
         depth = predict_depth(model, images, protocol, dtype)
         depth = depth.nan_to_num(nan=protocol.min_depth, posinf=protocol.max_depth)
+        results.append([])
         for i, name in enumerate(batch["name"]):
             valid = valid_depth(target[i], protocol.box, protocol.min_depth, protocol.max_depth)
             if valid.any():
-                results.append(depth_metrics(depth[i][valid], target[i][valid]))
+                results[-1].append(depth_metrics(depth[i][valid], target[i][valid]))
             if export is not None:
                 export_depth(export, name, depth[i].cpu().numpy(), protocol.units)
-        rows += [(images[i].cpu(), target[i].cpu(), depth[i].cpu()) for i in drawn]
+        rows.append([(images[i].cpu(), target[i].cpu(), depth[i].cpu()) for i in drawn])
+    results, rows = merged(results), merged(rows)
     if sheet is not None:
         pictures.save_depth_sheet(sheet, rows)
     if not results:
@@ -163,9 +176,11 @@ def evaluate_pose(model: MetaPromptModel, dataset, protocol: PoseProtocol, dtype
         found = torch.cat([xy, score[..., None].double()], dim=-1).cpu()       # (B, 17, 3)
         people.append((batch["id"], batch["image_id"], batch["score"], found,
                        batch["scale"].prod(dim=-1)))
-        rows += [(images[i].cpu(), target[i].cpu(), pose.to_crop(found[i], batch["center"][i],
-                                                                 batch["scale"][i], crop),
-                  heatmaps[i].cpu()) for i in drawn]
+        rows.append([(images[i].cpu(), target[i].cpu(), pose.to_crop(found[i], batch["center"][i],
+                                                                     batch["scale"][i], crop),
+                      heatmaps[i].cpu()) for i in drawn])
+    people, rows = parallel.in_order(people), merged(rows)
+    hits, joints = parallel.total(torch.tensor([hits, joints])).tolist()
     results = coco_results([torch.cat(column).numpy() for column in zip(*people)], protocol.nms)
     if export is not None:
         export.mkdir(parents=True, exist_ok=True)

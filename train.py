@@ -10,6 +10,7 @@
     python train.py --task seg --dataset cityscapes --data PATH --init-from runs/seg-mapillary
     python train.py --task seg --ablate                              the paper's Table 5 (ablate.py)
     python train.py --resume runs/seg-ade20k                         go on, exact to the bit
+    torchrun --nproc-per-node 8 train.py ...                         many GPUs, see parallel.py
 
 Every field of Recipe (recipes.py) is a flag.
 Writes RUN/{recipe.json, metrics.jsonl, last/, best/, pictures/}.
@@ -30,6 +31,9 @@ import ablate
 import checkpoint
 import data
 import eval as evaluation
+import memory
+import muon
+import parallel
 import predict
 import weights
 from errors import InputError, run_command
@@ -134,33 +138,42 @@ def adapt(source: MetaPromptModel, model: MetaPromptModel) -> dict[str, torch.Te
 
 
 def build_optimizer(model: MetaPromptModel, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over the model's groups; fused, which is faster and rounds the same on every call."""
+    """AdamW over the model's groups; fused, which is faster and rounds the same on every call.
+
+    With recipe.muon_lr the weights of its layers take Muon's steps instead (muon.py).
+    """
     groups = model.param_groups(recipe.lr, recipe.unet_lr_mult, recipe.weight_decay)
+    if recipe.muon_lr > 0:
+        groups = muon.split(groups, model, recipe.lr, recipe.muon_lr)
+        return muon.Muon(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=True)
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=True)
 
 
 def train_step(loss_of, optimizer, batches, recipe: Recipe, step: int, device, dtype) -> dict:
-    """One optimiser step from batch / micro_batch micro-batches; returns its mean losses.
+    """One optimiser step from `recipe.batch` images; returns its mean losses over all processes.
 
     Raises FloatingPointError with the images' names if a loss is not finite; the weights are then
     still those of the step before.
     """
-    torch.manual_seed(recipe.seed * 1_000_003 + step)  # dropout: a function of the step alone
-    accumulate, means = recipe.batch // recipe.micro_batch, {}
-    for _ in range(accumulate):
+    # Dropout: a function of step and process alone.
+    torch.manual_seed((recipe.seed + 1009 * parallel.rank()) * 1_000_003 + step)
+    accumulate, means = parallel.accumulation(recipe.batch, recipe.micro_batch), {}
+    for i in range(accumulate):
         batch = next(batches)
         images = batch["image"].to(device, non_blocking=True)
         target = batch["target"].to(device, non_blocking=True)
-        with predict.autocast(device, dtype):
-            losses = loss_of(images, target)
-        total = sum(losses.values()) / accumulate
-        if not math.isfinite(total.item()):
-            optimizer.zero_grad()
-            raise FloatingPointError(f"the loss is {total.item()} at step {step}; the images: "
-                                     f"{', '.join(batch['name'])}")
-        total.backward()
-        for name, value in losses.items():
-            means[name] = means.get(name, 0.0) + value.item() / accumulate
+        with parallel.exchange_gradients(loss_of, now=i == accumulate - 1):
+            with predict.autocast(device, dtype):
+                losses = loss_of(images, target)
+            values = parallel.mean({name: value.item() for name, value in losses.items()})
+            if not math.isfinite(sum(values.values())):
+                optimizer.zero_grad()
+                names = sum(parallel.gather(batch["name"]), [])
+                raise FloatingPointError(f"the loss is {sum(values.values())} at step {step}; the "
+                                         f"images: {', '.join(names)}")
+            (sum(losses.values()) / accumulate).backward()
+        for name, value in values.items():
+            means[name] = means.get(name, 0.0) + value / accumulate
     if recipe.clip:
         torch.nn.utils.clip_grad_norm_(
             [p for group in optimizer.param_groups for p in group["params"]], recipe.clip)
@@ -177,18 +190,24 @@ def peak_gb(device: torch.device) -> float:
 
 
 class Log:
-    """metrics.jsonl: one line per record; on resuming, records after the checkpoint are dropped."""
+    """metrics.jsonl: one line per record; on resuming, records after the checkpoint are dropped.
+
+    The first of several processes writes it.
+    """
 
     def __init__(self, path: Path, step: int):
+        self.path = path
+        if parallel.rank() > 0:
+            return
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         path.write_text("".join(kept))
-        self.path = path
 
     def write(self, record: dict) -> None:
         """Append a record."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        if parallel.rank() == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -201,6 +220,8 @@ def train(recipe: Recipe, resume: bool) -> dict:
     """
     run = Path(recipe.out)
     device = predict.pick_device(recipe.device)
+    parallel.check_device(device)
+    accumulate = parallel.accumulation(recipe.batch, recipe.micro_batch)
     dtype = predict.pick_precision(recipe.precision, device)
 
     # Data, checked before anything slow; then the model.
@@ -209,15 +230,17 @@ def train(recipe: Recipe, resume: bool) -> dict:
     class_names = train_set.classes.names if recipe.task == "seg" else ()
     model, optimizer, state = begin(recipe, resume, class_names, device)
     print_plan(recipe, run, model, device, dtype)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    if sum(p.numel() for p in model.parameters()) > 1e8 and parallel.world() == 1:
+        print_memory(recipe, model.config, train_set[0, 0]["image"].shape, device, dtype)
+    if parallel.rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
-    first = state["step"] * (recipe.batch // recipe.micro_batch)
-    batches = Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed, first,
-                                      recipe.workers), len(train_set))
+    batches = Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed,
+                                      state["step"] * accumulate, recipe.workers), len(train_set))
     with Stop() as stop:
         loop(recipe, model, optimizer, state, batches, val_set, dtype, stop)
-    if batches.unreadable:
+    if batches.unreadable and parallel.rank() == 0:
         (run / "unreadable.txt").write_text("".join(f"{m}\n" for m in batches.unreadable))
         print(f"skipped    {len(batches.unreadable)} unreadable images, see {run}/unreadable.txt")
     return {"best": state["best"], "metric": evaluation.MAIN_METRIC[recipe.task][0],
@@ -228,9 +251,11 @@ def loop(recipe: Recipe, model: MetaPromptModel, optimizer, state: dict, batches
          dtype: torch.dtype, stop) -> None:
     """The steps from state["step"] on, each in the order that it happens in."""
     run, device = Path(recipe.out), next(model.parameters()).device
-    loss_of = torch.compile(model.loss) if recipe.compile else model.loss
+    loss_of = parallel.distribute(model)
+    loss_of = torch.compile(loss_of) if recipe.compile else loss_of
     log = Log(run / "metrics.jsonl", state["step"])
     bar = tqdm(total=recipe.iterations, initial=state["step"], desc="train", unit="step",
+               disable=parallel.rank() > 0,
                leave=None)                               # not left behind below an ablation's bar
     for step in range(state["step"], recipe.iterations):
         # One optimiser step at this step's learning rate.
@@ -249,10 +274,12 @@ def loop(recipe: Recipe, model: MetaPromptModel, optimizer, state: dict, batches
             bar.write(f"step {done}: {evaluation.summary(metrics)}  loss {losses['loss']:.3f}")
             batches.restart()
         # Save, after the evaluation: a resumed run does not repeat it.
-        if done % recipe.save_every == 0 or last or stop.asked:
+        stopping = parallel.anyone(stop.asked)
+        if done % recipe.save_every == 0 or last or stopping:
             state["step"] = done
-            checkpoint.save_last(run, model, optimizer, state)
-        if stop.asked:
+            if parallel.rank() == 0:
+                checkpoint.save_last(run, model, optimizer, state)
+        if stopping:
             break
     bar.close()
 
@@ -304,19 +331,21 @@ def judge(recipe: Recipe, model: MetaPromptModel, val_set, dtype: torch.dtype, d
     """Metrics on the validation set; draws pictures, keeps the best model, updates state."""
     run = Path(recipe.out)
     protocol = predict.find_protocol(recipe.task, recipe.dataset)
+    sheet = run / "pictures" / f"step_{done:06d}.png" if parallel.rank() == 0 else None
     metrics = evaluation.evaluate(model, val_set, protocol, dtype, workers=recipe.workers,
-                                  sheet=run / "pictures" / f"step_{done:06d}.png")
+                                  sheet=sheet)
     name, sign = evaluation.MAIN_METRIC[recipe.task]
     if state["best"] is None or sign * (metrics[name] - state["best"]) > 0:
         state["best"] = metrics[name]
         card = checkpoint.model_card(asdict(recipe), metrics, done)
-        checkpoint.save_best(run, model, card)
+        if parallel.rank() == 0:
+            checkpoint.save_best(run, model, card)
     return metrics
 
 
 class Timed:
     """Iterator over a loader that knows its rate, how long it kept the loop waiting, and which of
-    the set's `length` images could not be read.
+    the set's `length` images could not be read: rates and images are those of all processes.
     """
 
     def __init__(self, loader, length: int):
@@ -331,8 +360,8 @@ class Timed:
         start = time.perf_counter()
         batch = next(self.iterator)
         self.waited += time.perf_counter() - start
-        self.images += len(batch["image"])
-        for message in filter(None, batch["unreadable"]):
+        self.images += len(batch["image"]) * parallel.world()
+        for message in filter(None, sum(parallel.gather(batch["unreadable"]), [])):
             self.skip(message)
         return batch
 
@@ -358,28 +387,49 @@ def print_plan(recipe: Recipe, run: Path, model: MetaPromptModel, device, dtype)
     print("recipe     " + json.dumps(asdict(recipe)))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     every = sum(p.numel() for p in model.parameters()) / 1e6
+    devices = f"{parallel.world()} x {device}" if parallel.world() > 1 else device
     print(f"model      {every:.1f} M parameters, {trained:.1f} M trained; T = "
-          f"{recipe.refine_steps}, N = {recipe.num_prompts}\ndevice     {device}, {dtype}, torch "
+          f"{recipe.refine_steps}, N = {recipe.num_prompts}\ndevice     {devices}, {dtype}, torch "
           f"{torch.__version__}\nout        {run}", flush=True)
+
+
+def print_memory(recipe: Recipe, config: Config, image: torch.Size, device, dtype) -> None:
+    """Say what a step will need, and what to do if the GPU has less."""
+    several = parallel.accumulation(recipe.batch, recipe.micro_batch) > 1
+    need = 1 + memory.step_peak(config, (recipe.micro_batch, *image), several,
+                                recipe.gradient_checkpointing,
+                                lambda model: build_optimizer(model, recipe), device, dtype) / 1e9
+    print(f"memory     about {need:.1f} GB for a step with --micro-batch {recipe.micro_batch}")
+    if device.type == "cuda" and need > (has := torch.cuda.mem_get_info(device)[1] / 1e9):
+        print(f"memory     TOO MUCH for this GPU's {has:.1f} GB: take a smaller --micro-batch (the "
+              "batch stays, it is accumulated), --gradient-checkpointing")
 
 
 def main() -> None:
     """Parse, train, say where the result is."""
     args = parse(sys.argv[1:], __doc__)
-    recipe = resolve(args)
-    if args.ablate:
-        ablate.ablate(recipe, args.ablate_seeds, args.ablate_variants, train)
-        return
-    if not args.resume and (Path(recipe.out) / "recipe.json").exists():
-        raise InputError(f"--out {recipe.out} holds a run already: --resume {recipe.out}, or give "
-                         "another folder")
-    start = time.perf_counter()
-    result = train(recipe, resume=bool(args.resume))
-    minutes, seconds = divmod(round(time.perf_counter() - start), 60)
+    with parallel.group():
+        recipe = parallel.first(resolve(args))           # one name for the run's folder
+        if args.ablate and parallel.world() > 1:
+            raise InputError("--ablate: without torchrun, its runs are small")
+        if args.ablate:
+            ablate.ablate(recipe, args.ablate_seeds, args.ablate_variants, train)
+            return
+        if parallel.anyone(not args.resume and (Path(recipe.out) / "recipe.json").exists()):
+            raise InputError(f"--out {recipe.out} holds a run already: --resume {recipe.out}, or "
+                             "give another folder")
+        start = time.perf_counter()
+        result = train(recipe, resume=bool(args.resume))
+        report(recipe, result, time.perf_counter() - start)
+
+
+def report(recipe: Recipe, result: dict, seconds: float) -> None:
+    """Say where the result of `train` is, or how to go on."""
     if result["steps"] < recipe.iterations:
         print(f"stopped after {result['steps']} of {recipe.iterations} steps; go on with\n"
               f"python train.py --resume {result['run']}")
         return
+    minutes, seconds = divmod(round(seconds), 60)
     print(f"best {result['metric']} {result['best']:.4f} after {recipe.iterations} steps "
           f"in {minutes}:{seconds:02d}\n"
           f"wrote {result['run']}/ (best/, last/, metrics.jsonl, pictures/)")

@@ -1,0 +1,80 @@
+"""How much memory a training step will need, before anything is loaded.
+
+The step runs on fake tensors (shapes without values) while a dispatch mode adds up the bytes of all
+tensors that are alive: weights, gradients, the optimiser's moments, activations, and what
+checkpointing recomputes.  Seconds, and no memory.  Not counted: the CUDA context, workspaces and
+fragmentation, together about 1 GB, and the loader's processes.
+"""
+import weakref
+from dataclasses import replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import predict
+from model import Config, MetaPromptModel
+
+
+class Alive(TorchDispatchMode):
+    """Adds up the bytes of the tensors made under it: `now`, and at the `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self.add(leaf.untyped_storage())
+        return output
+
+    def add(self, storage) -> None:
+        """Count a storage until it is freed; views share theirs."""
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key: int, size: int) -> None:
+        """A storage is gone."""
+        self.known.discard(key)
+        self.now -= size
+
+
+def step_peak(config: Config, images: tuple[int, ...], accumulate: bool, checkpointing: bool,
+              optimizer_of, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes at the peak of an optimiser's second step, when its moments are there.
+
+    images: shape (B, 3, H, W) of a micro-batch.  accumulate: whether a step has several.
+    optimizer_of(model) makes the optimiser.  On a CPU without CUDA, the figure is a CPU's: its
+    autocast keeps norms in bfloat16, a GPU's in float32.
+    """
+    with torch.device("meta"):
+        model = MetaPromptModel(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), Alive() as alive:
+        model.to_empty(device=device).train()
+        model.unet.gradient_checkpointing = checkpointing
+        optimizer = optimizer_of(model)
+        for _ in range(2):
+            for _ in range(1 + accumulate):
+                batch, target = torch.rand(images), fake_target(config, images)
+                with predict.autocast(device, dtype):
+                    losses = model.loss(batch, target)
+                sum(losses.values()).backward()
+                del batch, target, losses
+            optimizer.step()
+            optimizer.zero_grad()
+    return alive.peak
+
+
+def fake_target(config: Config, images: tuple[int, ...]) -> torch.Tensor:
+    """A target of the task's shape and kind for images (B, 3, H, W)."""
+    B, _, H, W = images
+    if config.task == "seg":
+        return torch.zeros(B, H, W, dtype=torch.long)
+    return torch.ones(B, H, W) if config.task == "depth" else torch.ones(B, 17, 3)
