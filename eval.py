@@ -285,12 +285,12 @@ def parse() -> argparse.Namespace:
                         help="predict your own images instead, see apply.py")
     parser.add_argument("--max-side", type=int, help="with --image: longer side that the model "
                         "gets if the protocol has no scale; default: twice the training crop")
-    parser.add_argument("--heatmaps", nargs="?", const=str(heatmaps.PROMPTS), metavar="K|I,J,...",
+    parser.add_argument("--heatmaps", nargs="?", const="some", metavar="K|I,J,...",
                         help="with --image: maps of the K prompts that say most (6), or of these")
     parser.add_argument("--tta", action="store_true", help="seg: 7 scales and mirror images")
     parser.add_argument("--protocol", action="store_true", help="say what would be done, and stop")
     parser.add_argument("--out", help="folder for pictures and metrics; default: RUN/eval, "
-                        "with --image RUN/predictions")
+                        "with --boxes RUN/eval-BOXES, with --image RUN/predictions")
     parser.add_argument("--export", help="folder for seg: label PNGs as the benchmark's server "
                         "wants them; depth: 16-bit PNGs in its unit; pose: keypoints.json")
     parser.add_argument("--save", help="write the model in our format into this folder")
@@ -311,7 +311,8 @@ def load(args: argparse.Namespace) -> tuple[MetaPromptModel, dict, Path, Path]:
             recipe = {"task": recipe.get("task", "seg")}
         spec = {**DEFAULTS, **{k: v for k, v in recipe.items() if k in DEFAULTS}, **given}
         find_protocol(spec["task"], spec["dataset"])
-        return MetaPromptModel.from_pretrained(folder), spec, folder, folder.parent / "eval"
+        out = f"eval-{Path(args.boxes).stem}" if args.boxes else "eval"  # never mix box files
+        return MetaPromptModel.from_pretrained(folder), spec, folder, folder.parent / out
     if args.task is None or args.dataset is None:
         raise InputError("--official needs --task and --dataset: the file does not hold them")
     spec = {**DEFAULTS, **given}

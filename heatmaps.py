@@ -30,10 +30,14 @@ CELL = 240  # side of the square, in pixels, that a picture in a sheet fits into
 
 
 def parse(text: str, config: Config) -> int | list[int]:
-    """"6" -> how many prompts to choose; "3,17" or "3," -> which ones; InputError if impossible."""
+    """"6" -> how many prompts to choose; "some": six, or all if the model has fewer; "3,17" or "3,"
+    -> which ones; InputError if impossible.
+    """
     if not config.rearrange:
         raise InputError("--heatmaps: this model was trained without the rearrangement, it has no "
                          "map per prompt")
+    if text == "some":
+        return min(PROMPTS, config.num_prompts)
     numbers = [part.strip() for part in text.split(",") if part.strip()]
     if not numbers or not all(part.isdecimal() for part in numbers):
         raise InputError(f"--heatmaps {text}: how many prompts (6), or which ones (3,17,40)")

@@ -98,8 +98,8 @@ def test_choice_of_dead_prompts():
     assert heatmaps.choose(*heatmaps.moments(np.zeros((4, 3, 3))), 3) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("text, expected", [("3", 3), ("5", 5), ("0,4", [0, 4]), ("2,", [2]),
-                                            (" 1, 3 ", [1, 3])])
+@pytest.mark.parametrize("text, expected", [("3", 3), ("5", 5), ("some", 5), ("0,4", [0, 4]),
+                                            ("2,", [2]), (" 1, 3 ", [1, 3])])
 def test_parse(text, expected):
     """A number is how many, a list which ones."""
     assert heatmaps.parse(text, Config(**TINY)) == expected
