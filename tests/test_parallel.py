@@ -260,7 +260,8 @@ def descend(recipe, steps, plain):
 
 # What the order of the images within a micro-batch alone changes, in one process, on these sizes:
 # gradients 2e-6, weights 7e-5 (seg), 2e-6 and 3e-9 (depth), 2e-7 and 3e-9 (pose).
-@pytest.mark.parametrize("task,weight", [("seg", 1e-3), ("depth", 1e-6), ("pose", 1e-6)])
+@pytest.mark.parametrize("task,weight", [("seg", 1e-3), *(
+    pytest.param(task, 1e-6, marks=pytest.mark.slow) for task in ("depth", "pose"))])
 def test_two_processes_train_like_one(pair, tmp_path, task, weight):
     """With T = 3, checkpointing and 2 accumulated micro-batches of 2 x 2 images: losses and
     gradients of the first step, weights after five are those of micro-batches of 4.
@@ -273,6 +274,7 @@ def test_two_processes_train_like_one(pair, tmp_path, task, weight):
         assert distance(weights.values(), one[2].values()) < weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["seg", "depth", "pose"])
 def test_adamw_takes_the_same_steps_in_two_processes(pair, tmp_path, task):
     """The recipe's optimiser, without accumulation: gradients, losses, equal weights in both."""
@@ -305,7 +307,8 @@ def measure(recipe, sheet):
                                sheet=sheet if parallel.rank() == 0 else None)
 
 
-@pytest.mark.parametrize("task", ["seg", "depth", "pose"])
+@pytest.mark.parametrize("task", ["seg", *(pytest.param(task, marks=pytest.mark.slow)
+                                           for task in ("depth", "pose"))])
 def test_metrics_and_pictures_are_one_process_s(pair, tmp_path, task):
     """11 images in batches of 2 for two processes: every metric and every picture is the same."""
     r = recipe(task, tmp_path)
@@ -331,6 +334,7 @@ def interrupted(recipe):
         return train.train(recipe, resume=False)["steps"]
 
 
+@pytest.mark.slow
 def test_a_signal_to_any_process_stops_all_after_the_same_step(pair, tmp_path):
     """The first one saves; resumed by both, the run ends as if it had not been stopped."""
     whole, r = (recipe("seg", tmp_path / name, "--micro-batch", 2, "--iterations", 3, "--dropout",
@@ -381,6 +385,7 @@ def test_unreadable_images_are_counted_over_all_processes(pair):
 # ------------------------------------------------------------------------------------------------
 # The command
 
+@pytest.mark.slow
 def test_torchrun_makes_a_run_that_one_process_resumes(tmp_path):
     """The documented command: output of one process, one run folder; resumed without torchrun."""
     out = tmp_path / "run"
