@@ -231,7 +231,8 @@ def train(recipe: Recipe, resume: bool) -> dict:
     model, optimizer, state = begin(recipe, resume, class_names, device)
     print_plan(recipe, run, model, device, dtype)
     if sum(p.numel() for p in model.parameters()) > 1e8 and parallel.world() == 1:
-        print_memory(recipe, model.config, train_set[0, 0]["image"].shape, device, dtype)
+        image = data.Tolerant(train_set)[0, 0]["image"]
+        print_memory(recipe, model.config, image.shape, device, dtype)
     if parallel.rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
@@ -396,9 +397,14 @@ def print_plan(recipe: Recipe, run: Path, model: MetaPromptModel, device, dtype)
 def print_memory(recipe: Recipe, config: Config, image: torch.Size, device, dtype) -> None:
     """Say what a step will need, and what to do if the GPU has less."""
     several = parallel.accumulation(recipe.batch, recipe.micro_batch) > 1
-    need = 1 + memory.step_peak(config, (recipe.micro_batch, *image), several,
-                                recipe.gradient_checkpointing,
-                                lambda model: build_optimizer(model, recipe), device, dtype) / 1e9
+    try:
+        need = 1 + memory.step_peak(config, (recipe.micro_batch, *image), several,
+                                    recipe.gradient_checkpointing,
+                                    lambda model: build_optimizer(model, recipe), device,
+                                    dtype) / 1e9
+    except Exception as error:                           # an estimate must never end a run
+        print(f"memory     not estimated ({type(error).__name__}: {error})")
+        return
     print(f"memory     about {need:.1f} GB for a step with --micro-batch {recipe.micro_batch}")
     if device.type == "cuda" and need > (has := torch.cuda.mem_get_info(device)[1] / 1e9):
         print(f"memory     TOO MUCH for this GPU's {has:.1f} GB: take a smaller --micro-batch (the "
