@@ -13,15 +13,22 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steep at 0, all va
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """(m, n) -> about U V^T of its singular value decomposition, by five Newton-Schulz steps."""
-    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """(K, m, n) -> about U V^T of each one's singular values, by five Newton-Schulz steps.
+
+    x <- (a + b G + c G^2) x, G = x x^T, where every factor is a polynomial of the first G: so they
+    are multiplied among themselves, small and square, and x is touched only at both ends.
+    """
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-12)               # (K, m, n), m <= n
     a, b, c = COEFFICIENTS
-    x = wide / (wide.norm() + 1e-12)
+    gram, identity = x @ x.mT, torch.eye(x.shape[1], device=x.device)      # (K, m, m), (m, m)
+    product = identity
     for _ in range(5):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide is matrix else x.T
+        factor = a * identity + b * gram + c * gram @ gram
+        product, gram = factor @ product, factor @ gram @ factor
+    x = product @ x
+    return x if wide is matrices else x.mT
 
 
 class Muon(torch.optim.AdamW):
@@ -37,18 +44,25 @@ class Muon(torch.optim.AdamW):
         """One step; frees the gradients of Muon's groups, so that AdamW passes over them."""
         for group in self.param_groups:
             if group["muon"]:
+                shapes: dict[tuple, list[nn.Parameter]] = {}
                 for p in filter(lambda p: p.grad is not None, group["params"]):
-                    self.move(p, group["lr"], group["weight_decay"])
-                    p.grad = None
+                    shapes.setdefault(tuple(p.flatten(1).shape), []).append(p)
+                for same in shapes.values():             # a narrow model: many small products
+                    self.move(same, group["lr"], group["weight_decay"])
         super().step()
 
-    def move(self, p: nn.Parameter, lr: float, decay: float) -> None:
-        """Update one weight."""
-        momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-        momentum.lerp_(p.grad, 1 - MOMENTUM)
-        update = orthogonalize(p.grad.lerp(momentum, MOMENTUM).flatten(1))
-        scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-        p.mul_(1 - lr * decay).add_(update.view_as(p), alpha=-lr * scale)
+    def move(self, params: list[nn.Parameter], lr: float, decay: float) -> None:
+        """Update weights of one flattened shape, together."""
+        grads, moments = [p.grad for p in params], []
+        for p in params:
+            moments.append(self.state[p].setdefault("momentum", torch.zeros_like(p)))
+            p.grad = None
+        torch._foreach_lerp_(moments, grads, 1 - MOMENTUM)
+        nesterov = torch._foreach_lerp(grads, moments, MOMENTUM)
+        updates = orthogonalize(torch.stack([u.flatten(1) for u in nesterov]))
+        rate = lr * max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
+        for p, update in zip(params, updates):
+            p.mul_(1 - lr * decay).add_(update.view_as(p), alpha=-rate)
 
 
 def split(groups: list[dict], model: nn.Module, lr: float, muon_lr: float) -> list[dict]:

@@ -184,9 +184,10 @@ def person_materials(rng: np.random.Generator) -> list:
     return [skin, shirt, trousers, hair, shoes, Material(SOLID, (eye, eye))]
 
 
-def frame_person(rng: np.random.Generator, height: int, width: int) -> tuple:
+def frame_person(rng: np.random.Generator, height: int, width: int, lens: float | None) -> tuple:
     """The camera, and a stature and distance (metres) at which a person fits its picture."""
-    tan_half = round(math.tan(math.radians(uniform(rng, 45, 70)) / 2), 9)
+    view = uniform(rng, 45, 70)                                 # drawn with a given lens, too
+    tan_half = round(math.tan(math.radians(view if lens is None else lens) / 2), 9)
     tall, share = uniform(rng, 1.5, 1.95), uniform(rng, 0.38, 0.85)
     z = tall / (2 * tan_half * share)
     # A high camera close by would have to look steeply down: limit its height by the distance.
@@ -284,10 +285,11 @@ def people_of(cam: Camera, people: list, owner: np.ndarray, depth: np.ndarray) -
             np.array(boxes, np.float32).reshape(-1, 4), np.array(areas, np.float32))
 
 
-def render(seed: int, height: int = 128, width: int = 128) -> Scene:
+def render(seed: int, height: int = 128, width: int = 128, lens: float | None = None) -> Scene:
     """The random scene number ``seed``; the same on every machine.
 
-    seed: 0 or more. height, width: picture size in pixels, each 32 or more.
+    seed: 0 or more. height, width: picture size in pixels, each 32 or more. lens: vertical field
+    of view in degrees; None: a random one, 45 to 70.
     Raises ValueError for a negative seed or a smaller picture.
     """
     if seed < 0:
@@ -295,7 +297,7 @@ def render(seed: int, height: int = 128, width: int = 128) -> Scene:
     if height < MIN_SIDE or width < MIN_SIDE:
         raise ValueError(f"height and width must be at least {MIN_SIDE}, got {height} x {width}")
     rng = np.random.Generator(np.random.PCG64(seed))
-    cam, tall, z = frame_person(rng, height, width)
+    cam, tall, z = frame_person(rng, height, width, lens)
     sky = random_material(rng, (SOLID, GRADIENT, GRADIENT, BLOTCHES), 8.0)
     sky = sky._replace(offset=(0.0, 0.0, 0.0)) if sky.kind == GRADIENT else sky
     materials = [sky, random_material(rng, (SOLID, CHECKER, BARS, BLOTCHES), 0.8)]

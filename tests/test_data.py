@@ -447,9 +447,25 @@ def test_shapes_sample():
     image = torch.from_numpy(scene.image).permute(2, 0, 1) / 255
     torch.testing.assert_close(sample["image"], image)
     assert torch.equal(sample["target"], torch.from_numpy(scene.label).long())
-    metres = Shapes(7, task="depth", training=True, size=64, seed=2)[3, 4]["target"]
-    assert torch.equal(metres, torch.from_numpy(scene.depth))
     assert len(dataset) == 7
+
+
+def test_shapes_depth_is_taken_by_one_camera():
+    """Depth samples are metres of scenes through one lens; with a random one, the best answer that
+    knows all but lens and stature would have a delta1 below 0.8.
+    """
+    dataset = Shapes(7, task="depth", training=True, size=64, seed=2)
+    scene = shapes.render(dataset.scene_seed((3, 4)), 64, 64, data.DEPTH_LENS)
+    assert torch.equal(dataset[3, 4]["target"], torch.from_numpy(scene.depth))
+
+    def best_delta1(lens):
+        drawn = [shapes.frame_person(np.random.default_rng(seed), 64, 64, lens)
+                 for seed in range(2000)]
+        scale = np.log([stature * camera.focal for camera, stature, _ in drawn])
+        guesses = np.linspace(scale.min(), scale.max(), 200)
+        return max(np.mean(np.abs(scale - guess) < np.log(1.25)) for guess in guesses)
+
+    assert best_delta1(None) < 0.81 and best_delta1(data.DEPTH_LENS) > 0.99
 
 
 def test_shapes_validation_is_never_trained_on():

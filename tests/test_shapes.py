@@ -44,6 +44,16 @@ def test_golden_checksum():
     assert checksum(shapes.render(0)) == GOLDEN
 
 
+def test_a_lens_changes_nothing_but_the_view():
+    """A given field of view takes the random one's place: no later draw of the scene moves."""
+    random, wide, narrow = (shapes.frame_person(np.random.default_rng(3), 64, 64, lens)
+                            for lens in (None, 70.0, 45.0))
+    assert random[1] == wide[1] == narrow[1]                   # stature
+    assert wide[0].focal < random[0].focal < narrow[0].focal
+    assert wide[0].focal == pytest.approx(32 / np.tan(np.radians(35)))
+    assert shapes.render(0, lens=50.0).image.tobytes() != shapes.render(0).image.tobytes()
+
+
 def test_shapes_and_types():
     """Fields have the documented shapes and types, also for a picture that is not square."""
     scene = shapes.render(1, 64, 96)

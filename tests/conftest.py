@@ -1,0 +1,9 @@
+"""One thread for all tests and the commands they start: their tensors are tiny, and threads that
+wait for each other on a shared machine make them several times slower.
+"""
+import os
+
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
