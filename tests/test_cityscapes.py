@@ -392,11 +392,11 @@ def test_export_refuses_what_is_no_label(tmp_path, value):
 # ------------------------------------------------------------------------------------------------
 # The commands
 
-SMALL = ["--backbone", "tiny", "--unet-channels", "32", "32", "64", "64", "--vae-channels", "32",
-         "32", "32", "32", "--context-dim", "16", "--num-prompts", "4", "--head-channels", "8",
+SMALL = ["--backbone", "tiny", "--unet-channels", "16", "16", "32", "32", "--vae-channels", "8",
+         "8", "16", "16", "--context-dim", "16", "--num-prompts", "4", "--head-channels", "8",
          "--batch", "2", "--micro-batch", "2", "--precision", "float32", "--workers", "0",
          "--log-every", "1", "--iterations", "1", "--save-every", "1", "--eval-every", "1",
-         "--crop", "64", "--scale", "96", "48"]
+         "--crop", "64", "--scale", "96", "48", "--refine-steps", "1"]
 
 
 def test_the_real_commands_pretrain_and_finetune_and_export(city, vistas, tmp_path, monkeypatch):

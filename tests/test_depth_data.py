@@ -151,8 +151,8 @@ def test_lists_are_asked_for(tmp_path, monkeypatch, capsys):
     assert code == 2 and "--train-list is missing" in stderr
 
 
-SMALL = ["--backbone", "tiny", "--unet-channels", "32", "32", "64", "64", "--vae-channels", "32",
-         "32", "32", "32", "--context-dim", "16", "--num-prompts", "4", "--head-channels", "8",
+SMALL = ["--backbone", "tiny", "--unet-channels", "16", "16", "32", "32", "--vae-channels", "8",
+         "8", "16", "16", "--context-dim", "16", "--num-prompts", "4", "--head-channels", "8",
          "--refine-steps", "2", "--batch", "2", "--micro-batch", "2", "--precision", "float32",
          "--workers", "0", "--log-every", "1", "--iterations", "2", "--save-every", "1",
          "--eval-every", "2", "--resize-scale", "0"]
