@@ -101,7 +101,9 @@ TINY = {
     "gradient_checkpointing": False, "log_every": 10, "eval_every": 300, "save_every": 300,
 }
 
-TINY_DEPTH = {**TINY, "max_depth": 80.0, "resize_scale": 0, "schedule": "poly", "val_scenes": 200}
+TINY_DEPTH = {**TINY, "max_depth": 80.0, "resize_scale": 0, "schedule": "poly", "val_scenes": 200,
+              "unet_channels": (64, 64, 64, 64), "latent_channels": 32, "num_prompts": 64,
+              "batch": 16, "micro_batch": 16, "iterations": 1500, "eval_every": 500}
 
 TINY_POSE = {**TINY, "crop_width": 128, "sigma": 2.0, "deconv_channels": (64,), "clip": 0.0,
              "schedule": "poly", "lr": 1.5e-3, "unet_lr_mult": 1.0, "iterations": 800,
