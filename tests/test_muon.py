@@ -2,6 +2,8 @@
 
     pytest tests/test_muon.py
 """
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -59,6 +61,23 @@ def test_a_convolution_moves_as_its_flattened_matrix():
         layer.weight.grad = torch.randn(8 * 27, generator=generator).view_as(layer.weight)
         muon.Muon(muon.split([group], layer, 1.0, 0.02)).step()
     assert torch.equal(conv.weight.flatten(1), linear.weight)
+
+
+def test_layers_of_one_shape_step_as_if_alone():
+    """Weights that are orthogonalised together don't mix: each steps as by itself, also when one of
+    them got no gradient.
+    """
+    torch.manual_seed(0)
+    alone = [nn.Linear(4, 6, bias=False) for _ in range(3)]
+    together = deepcopy(alone)
+    gradients(nn.ModuleList(alone[:2]), 1), gradients(nn.ModuleList(together[:2]), 1)
+    group = {"params": [x.weight for x in together], "lr": 1.0, "weight_decay": 0.1, "lr_scale": 1.0}
+    muon.Muon(muon.split([group], nn.ModuleList(together), 1.0, 0.02)).step()
+    for layer in alone:
+        group = {"params": [layer.weight], "lr": 1.0, "weight_decay": 0.1, "lr_scale": 1.0}
+        muon.Muon(muon.split([group], layer, 1.0, 0.02)).step()
+    for a, b in zip(alone, together):
+        torch.testing.assert_close(a.weight, b.weight, rtol=1e-5, atol=1e-6)
 
 
 def test_everything_but_layers_stays_with_adamw():
