@@ -28,7 +28,8 @@ from errors import InputError
 TINY = ["--unet-channels", "16", "16", "32", "32", "--vae-channels", "8", "8", "16", "16",
         "--norm-groups", "8", "--context-dim", "16", "--num-heads", "1", "--num-prompts", "4",
         "--head-channels", "16", "--refine-steps", "2", "--crop", "64", "--batch", "4",
-        "--micro-batch", "2", "--workers", "0", "--val-scenes", "2", "--precision", "float32", "--log-every", "1"]
+        "--micro-batch", "2", "--workers", "0", "--val-scenes", "2", "--precision", "float32",
+        "--log-every", "1"]
 
 
 def recipe(out, *flags):
