@@ -71,7 +71,8 @@ def test_layers_of_one_shape_step_as_if_alone():
     alone = [nn.Linear(4, 6, bias=False) for _ in range(3)]
     together = deepcopy(alone)
     gradients(nn.ModuleList(alone[:2]), 1), gradients(nn.ModuleList(together[:2]), 1)
-    group = {"params": [x.weight for x in together], "lr": 1.0, "weight_decay": 0.1, "lr_scale": 1.0}
+    group = {"params": [x.weight for x in together], "lr": 1.0, "weight_decay": 0.1,
+             "lr_scale": 1.0}
     muon.Muon(muon.split([group], nn.ModuleList(together), 1.0, 0.02)).step()
     for layer in alone:
         group = {"params": [layer.weight], "lr": 1.0, "weight_decay": 0.1, "lr_scale": 1.0}
