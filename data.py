@@ -31,8 +31,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 UNREADABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)  # Pillow raises these
 STAND_INS = 8  # samples tried in place of an unreadable one
 CHECKED_FILES = 50  # pairs opened when a data set is opened, evenly spread
-DEPTH_LENS = 57.0  # degrees; one camera, like NYU's and KITTI's: with a random lens and stature
-# metric depth isn't in the picture, an answer perfect up to one factor has a delta1 of 0.79
+# Degrees. Depth scenes have one camera, like NYU's and KITTI's: under a random lens, an answer that
+# is right but for the factor which lens and stature leave open has a delta1 of 0.79.
+DEPTH_LENS = 57.0
 VAL_SEED = 1 << 40  # first scene seed of the embedded validation set, out of training's reach
 COLOURS = ((128, 178, 255), (150, 140, 120), (230, 60, 60), (250, 200, 40), (60, 160, 70),
            (150, 80, 200), (255, 140, 200))  # of the embedded classes, for pictures

@@ -14,7 +14,7 @@ LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """(K, m, n) -> about U V^T of each one's singular values, by five Newton-Schulz steps.
+    """(K, m, n) -> about U V^T of each U S V^T, by five Newton-Schulz steps.
 
     x <- (a + b G + c G^2) x, G = x x^T, where every factor is a polynomial of the first G: so they
     are multiplied among themselves, small and square, and x is touched only at both ends.
@@ -22,7 +22,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-12)               # (K, m, n), m <= n
     a, b, c = COEFFICIENTS
-    gram, identity = x @ x.mT, torch.eye(x.shape[1], device=x.device)      # (K, m, m), (m, m)
+    gram = x @ x.mT                                                        # (K, m, m)
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     product = identity
     for _ in range(5):
         factor = a * identity + b * gram + c * gram @ gram

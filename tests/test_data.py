@@ -451,8 +451,8 @@ def test_shapes_sample():
 
 
 def test_shapes_depth_is_taken_by_one_camera():
-    """Depth samples are metres of scenes through one lens; with a random one, the best answer that
-    knows all but lens and stature would have a delta1 below 0.8.
+    """Depth samples are metres of scenes through one lens; with a random one, the best constant
+    guess at the factor that lens and stature leave open has a delta1 of 0.79, with one lens of 1.
     """
     dataset = Shapes(7, task="depth", training=True, size=64, seed=2)
     scene = shapes.render(dataset.scene_seed((3, 4)), 64, 64, data.DEPTH_LENS)
@@ -465,7 +465,8 @@ def test_shapes_depth_is_taken_by_one_camera():
         guesses = np.linspace(scale.min(), scale.max(), 200)
         return max(np.mean(np.abs(scale - guess) < np.log(1.25)) for guess in guesses)
 
-    assert best_delta1(None) < 0.81 and best_delta1(data.DEPTH_LENS) > 0.99
+    assert best_delta1(None) == pytest.approx(0.79, abs=0.02)
+    assert best_delta1(data.DEPTH_LENS) > 0.99
 
 
 def test_shapes_validation_is_never_trained_on():
