@@ -38,7 +38,7 @@ from errors import InputError, run_command
 from metrics import DEPTH_METRICS, confusion, depth_metrics, seg_metrics, valid_depth
 from model import MetaPromptModel
 from predict import (DepthProtocol, PoseProtocol, Protocol, find_protocol, in_words, pick_device,
-                     pick_precision, predict_depth, predict_pose, predict_seg, with_tta)
+                     pick_precision, predict_depth, predict_pose, predict_seg, settle, with_tta)
 
 PICTURES = 8  # images of the set drawn in a report, evenly spread
 # What "best" means, and its sign.
@@ -344,6 +344,7 @@ def main() -> None:
         model.save_pretrained(args.save)
     device = pick_device(args.device)
     dtype = pick_precision(args.precision or ("float32" if args.official else "auto"), device)
+    settle(model, dtype)
     if args.image:
         folder = default_out.parent if args.checkpoint else default_out
         out = Path(args.out) if args.out else folder / "predictions"

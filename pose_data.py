@@ -33,7 +33,7 @@ from weights import read_json
 PERSON = 1                       # COCO's category; others are left out
 GROUND_TRUTH = "ground-truth boxes"
 VISIBLE_JOINTS = 6               # of a person of an embedded scene that is worth training on
-SCENE_SIDE = 160                 # pixels of an embedded scene, from which people are cropped
+SCENE_SIDE = 256                 # pixels of an embedded scene, from which people are cropped
 SCENE_TRIES = 16                 # scenes looked at for such a person; nearly all have one
 CATEGORY = {"id": PERSON, "name": "person", "keypoints": list(pose.KEYPOINTS),
             "skeleton": [[a + 1, b + 1] for a, b in pose.SKELETON]}

@@ -142,6 +142,8 @@ class VAEEncoder(nn.Module):
 
         (B, 3, H, W) -> (B, 4, H/8, W/8); each of the three halvings rounds down.
         """
+        # All layers, the UNet's too, keep this layout: on CPUs bfloat16 convolutions need no copies.
+        images = images.contiguous(memory_format=torch.channels_last)
         moments = self.quant_conv(self.encoder(images))                    # (B, 8, H/8, W/8)
         return moments[:, :self.latent_channels]
 
