@@ -13,8 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import parallel
 import predict
+from errors import InputError
 from model import Config, MetaPromptModel
+from recipes import Recipe
+
+OTHER_GB = 1.0  # CUDA context, workspaces, fragmentation
 
 
 class Alive(TorchDispatchMode):
@@ -78,3 +83,50 @@ def fake_target(config: Config, images: tuple[int, ...]) -> torch.Tensor:
     if config.task == "seg":
         return torch.zeros(B, H, W, dtype=torch.long)
     return torch.ones(B, H, W) if config.task == "depth" else torch.ones(B, 17, 3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Before a run.  Of all functions below: shape_of() gives an image's shape, (3, H, W).
+
+def step_gb(recipe: Recipe, config: Config, shape_of, optimizer_of, device, dtype) -> float:
+    """GB that a GPU must have for a step of the recipe, in each process."""
+    several = parallel.accumulation(recipe.batch, recipe.micro_batch) > 1
+    peak = step_peak(config, (recipe.micro_batch, *shape_of()), several,
+                     recipe.gradient_checkpointing, optimizer_of, device, dtype)
+    return OTHER_GB + peak / 1e9
+
+
+def tell(recipe: Recipe, config: Config, shape_of, optimizer_of, device, dtype) -> None:
+    """Print what a step will need, and what to do if the GPU has less."""
+    try:
+        need = step_gb(recipe, config, shape_of, optimizer_of, device, dtype)
+    except Exception as error:                           # an estimate must never end a run
+        print(f"memory     not estimated ({type(error).__name__}: {error})")
+        return
+    print(f"memory     about {need:.1f} GB for a step with --micro-batch {recipe.micro_batch}")
+    if device.type == "cuda" and need > (has := torch.cuda.mem_get_info(device)[1] / 1e9):
+        print(f"memory     TOO MUCH for this GPU's {has:.1f} GB: take a smaller --micro-batch (the "
+              "batch stays, it is accumulated), --gradient-checkpointing")
+
+
+def fit(recipe: Recipe, config: Config, shape_of, optimizer_of, device, dtype) -> Recipe:
+    """The recipe with the largest micro-batch whose step takes at most recipe.memory GB.
+
+    The total batch stays.  Raises InputError if not even the smallest fits.
+    """
+    best, total = None, recipe.batch // parallel.world()
+    smallest = 2 if recipe.task == "seg" else 1          # BatchNorm of a 1x1 map
+    for micro_batch in (m for m in range(smallest, total + 1) if total % m == 0):
+        tried = replace(recipe, micro_batch=micro_batch)
+        need = step_gb(tried, config, shape_of, optimizer_of, device, dtype)
+        fits = need <= recipe.memory
+        print(f"memory     about {need:.1f} GB for a step with --micro-batch {micro_batch}"
+              + ("" if fits else f": more than --memory {recipe.memory:g}"), flush=True)
+        if not fits:
+            break
+        best = tried
+    if best is None:
+        raise InputError(f"--memory {recipe.memory:g}: the smallest step needs more, see above"
+                         + ("" if recipe.gradient_checkpointing else
+                            "; --gradient-checkpointing takes less"))
+    return best

@@ -65,6 +65,7 @@ class Recipe:
     iterations: int = 80_000  # optimiser steps; paper Table 2
     batch: int = 16  # images per optimiser step; paper Table 6 (released configs: 8)
     micro_batch: int = 2  # images at once; BatchNorm needs >= 2; the rest is accumulated
+    memory: float = 0.0  # GB of a GPU; above 0: the largest micro-batch that fits replaces the above
     lr: float = 8e-5  # paper A.1
     schedule: str = "poly"  # linear decay to 0; "two-phase": official depth; "step": pose
     min_lr: float = 0.0  # two-phase only
@@ -106,8 +107,10 @@ TINY_DEPTH = {**TINY, "max_depth": 80.0, "resize_scale": 0, "schedule": "poly", 
               "batch": 16, "micro_batch": 16, "iterations": 1500, "eval_every": 500}
 
 TINY_POSE = {**TINY, "crop_width": 128, "sigma": 2.0, "deconv_channels": (64,), "clip": 0.0,
-             "schedule": "poly", "lr": 1.5e-3, "unet_lr_mult": 1.0, "iterations": 800,
-             "eval_every": 400, "val_scenes": 40, "augment": False}
+             "schedule": "poly", "lr": 1.5e-3, "unet_lr_mult": 1.0, "augment": False,
+             "unet_channels": (64, 64, 64, 64), "latent_channels": 32, "num_prompts": 64,
+             "batch": 16, "micro_batch": 16, "iterations": 500, "eval_every": 250,
+             "save_every": 250, "val_scenes": 100}
 
 CITYSCAPES = Recipe(  # paper A.1 and Table 6; official: configs/cityscapes.py
     dataset="cityscapes", crop=1024, scale=(2048, 1024), dropout=0.1)
@@ -267,6 +270,8 @@ def check(recipe: Recipe) -> None:
                          "no multiple of 64, the UNet's coarsest stride")
     if recipe.task == "pose" and (3 * recipe.sigma) % 1:
         raise InputError(f"--sigma {recipe.sigma}: 3 sigma must be an integer")
+    if recipe.memory < 0:
+        raise InputError(f"--memory {recipe.memory:g}: gigabytes of one GPU, such as 24, or 0")
     if recipe.lr <= 0 or recipe.muon_lr < 0:
         raise InputError(f"--lr {recipe.lr}, --muon-lr {recipe.muon_lr}: rates must be positive (0 "
                          "for --muon-lr: AdamW moves all weights)")

@@ -221,7 +221,7 @@ def train(recipe: Recipe, resume: bool) -> dict:
     run = Path(recipe.out)
     device = predict.pick_device(recipe.device)
     parallel.check_device(device)
-    accumulate = parallel.accumulation(recipe.batch, recipe.micro_batch)
+    parallel.accumulation(recipe.batch, recipe.micro_batch)  # refuses what does not divide
     dtype = predict.pick_precision(recipe.precision, device)
 
     # Data, checked before anything slow; then the model.
@@ -229,16 +229,15 @@ def train(recipe: Recipe, resume: bool) -> dict:
     print(f"training   {train_set.check()}\nvalidation {val_set.check()}")
     class_names = train_set.classes.names if recipe.task == "seg" else ()
     model, optimizer, state = begin(recipe, resume, class_names, device)
+    recipe = with_memory(recipe, resume, model, train_set, device, dtype)
     print_plan(recipe, run, model, device, dtype)
-    if sum(p.numel() for p in model.parameters()) > 1e8 and parallel.world() == 1:
-        image = data.Tolerant(train_set)[0, 0]["image"]
-        print_memory(recipe, model.config, image.shape, device, dtype)
     if parallel.rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
-    batches = Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed,
-                                      state["step"] * accumulate, recipe.workers), len(train_set))
+    done = state["step"] * parallel.accumulation(recipe.batch, recipe.micro_batch)
+    batches = Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed, done,
+                                      recipe.workers), len(train_set))
     with Stop() as stop:
         loop(recipe, model, optimizer, state, batches, val_set, dtype, stop)
     if batches.unreadable and parallel.rank() == 0:
@@ -383,6 +382,18 @@ class Timed:
         return rates
 
 
+def with_memory(recipe: Recipe, resume: bool, model: MetaPromptModel, train_set, device,
+                dtype) -> Recipe:
+    """The recipe with the micro-batch that --memory allows; says what a big model's step needs."""
+    setting = (model.config, lambda: data.Tolerant(train_set)[0, 0]["image"].shape,
+               lambda model: build_optimizer(model, recipe), device, dtype)
+    if recipe.memory and not resume:                     # a resumed run keeps its micro-batch
+        return memory.fit(recipe, *setting)
+    if sum(p.numel() for p in model.parameters()) > 1e8 and parallel.world() == 1:
+        memory.tell(recipe, *setting)
+    return recipe
+
+
 def print_plan(recipe: Recipe, run: Path, model: MetaPromptModel, device, dtype) -> None:
     """Say what is about to happen."""
     print("recipe     " + json.dumps(asdict(recipe)))
@@ -392,23 +403,6 @@ def print_plan(recipe: Recipe, run: Path, model: MetaPromptModel, device, dtype)
     print(f"model      {every:.1f} M parameters, {trained:.1f} M trained; T = "
           f"{recipe.refine_steps}, N = {recipe.num_prompts}\ndevice     {devices}, {dtype}, torch "
           f"{torch.__version__}\nout        {run}", flush=True)
-
-
-def print_memory(recipe: Recipe, config: Config, image: torch.Size, device, dtype) -> None:
-    """Say what a step will need, and what to do if the GPU has less."""
-    several = parallel.accumulation(recipe.batch, recipe.micro_batch) > 1
-    try:
-        need = 1 + memory.step_peak(config, (recipe.micro_batch, *image), several,
-                                    recipe.gradient_checkpointing,
-                                    lambda model: build_optimizer(model, recipe), device,
-                                    dtype) / 1e9
-    except Exception as error:                           # an estimate must never end a run
-        print(f"memory     not estimated ({type(error).__name__}: {error})")
-        return
-    print(f"memory     about {need:.1f} GB for a step with --micro-batch {recipe.micro_batch}")
-    if device.type == "cuda" and need > (has := torch.cuda.mem_get_info(device)[1] / 1e9):
-        print(f"memory     TOO MUCH for this GPU's {has:.1f} GB: take a smaller --micro-batch (the "
-              "batch stays, it is accumulated), --gradient-checkpointing")
 
 
 def main() -> None:

@@ -142,10 +142,10 @@ class VAEEncoder(nn.Module):
 
         (B, 3, H, W) -> (B, 4, H/8, W/8); each of the three halvings rounds down.
         """
-        # All layers, the UNet's too, keep this layout: on CPUs bfloat16 convolutions need no copies.
+        # On CPUs this layout halves the time of a bfloat16 VAE; the UNet is faster without it.
         images = images.contiguous(memory_format=torch.channels_last)
         moments = self.quant_conv(self.encoder(images))                    # (B, 8, H/8, W/8)
-        return moments[:, :self.latent_channels]
+        return moments[:, :self.latent_channels].contiguous()
 
     @classmethod
     def from_pretrained(cls, source: str = weights.SD15) -> "VAEEncoder":

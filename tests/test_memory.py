@@ -1,12 +1,16 @@
-"""The estimate of a step's memory, against the same step with real tensors.
+"""The estimate of a step's memory, against the same step with real tensors; what --memory does.
 
     pytest tests/test_memory.py
 """
+from dataclasses import replace
+
 import pytest
 import torch
 
 import memory
+from errors import InputError
 from model import Config, MetaPromptModel
+from recipes import RECIPES
 
 CPU = torch.device("cpu")
 SMALL = dict(num_prompts=8, refine_steps=2, head_channels=16, unet_channels=(32, 32, 64, 64),
@@ -18,6 +22,34 @@ def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
     """The optimiser of a training run."""
     groups = model.param_groups(1e-3, 0.1, 0.01)
     return torch.optim.AdamW(groups, lr=1e-3, fused=True)
+
+
+def fit(monkeypatch, task: str, **changes):
+    """Micro-batch that `memory.fit` chooses if the weights take 13 GB and every image 3.5."""
+    monkeypatch.setattr(memory, "step_peak",
+                        lambda config, shape, *_: round(13e9 + 3.5e9 * shape[0]))
+    recipe = replace(RECIPES[task, {"seg": "ade20k", "depth": "nyu"}[task]], **changes)
+    chosen = memory.fit(recipe, None, lambda: (3, 64, 64), None, CPU, torch.float32)
+    assert replace(chosen, micro_batch=recipe.micro_batch) == recipe
+    return chosen.micro_batch
+
+
+@pytest.mark.parametrize("task,gigabytes,chosen", [
+    ("seg", 20.9, None), ("seg", 21, 2), ("seg", 24, 2), ("seg", 48, 8), ("seg", 80, 16),
+    ("depth", 17, None), ("depth", 17.5, 1), ("depth", 24, 2), ("depth", 48, 8), ("depth", 80, 12)])
+def test_memory_takes_the_largest_micro_batch_that_fits(monkeypatch, task, gigabytes, chosen):
+    """A divisor of the batch, two or more for seg; nothing else changes; refused if none fits."""
+    if chosen is None:
+        with pytest.raises(InputError, match=f"--memory {gigabytes:g}: the smallest step"):
+            fit(monkeypatch, task, memory=gigabytes)
+    else:
+        assert fit(monkeypatch, task, memory=gigabytes) == chosen
+
+
+def test_memory_divides_a_processs_share(monkeypatch):
+    """With four processes a micro-batch divides a quarter of the batch."""
+    monkeypatch.setattr(memory.parallel, "world", lambda: 4)
+    assert fit(monkeypatch, "seg", memory=80) == 4
 
 
 def real_peak(config: Config, shape: tuple[int, ...]) -> int:
