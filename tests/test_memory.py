@@ -5,12 +5,14 @@
 from dataclasses import replace
 
 import pytest
+import test_train
 import torch
 
 import memory
+import train
 from errors import InputError
 from model import Config, MetaPromptModel
-from recipes import RECIPES
+from recipes import RECIPES, read_recipe
 
 CPU = torch.device("cpu")
 SMALL = dict(num_prompts=8, refine_steps=2, head_channels=16, unet_channels=(32, 32, 64, 64),
@@ -50,6 +52,20 @@ def test_memory_divides_a_processs_share(monkeypatch):
     """With four processes a micro-batch divides a quarter of the batch."""
     monkeypatch.setattr(memory.parallel, "world", lambda: 4)
     assert fit(monkeypatch, "seg", memory=80) == 4
+
+
+def test_a_run_keeps_what_memory_chose(tmp_path, monkeypatch):
+    """recipe.json holds the micro-batch; a resumed run does not choose again."""
+    asked = []
+    monkeypatch.setattr(memory, "step_peak",
+                        lambda config, shape, *_: asked.append(shape) or 10**9 * shape[0])
+    recipe = test_train.recipe(tmp_path, "--memory", 5.5, "--iterations", 1)
+    train.train(recipe, resume=False)
+    kept = read_recipe(tmp_path / "recipe.json")
+    assert asked == [(2, 3, 64, 64), (4, 3, 64, 64)]
+    assert kept == replace(recipe, micro_batch=4)
+    train.train(replace(kept, iterations=2), resume=True)
+    assert len(asked) == 2
 
 
 def real_peak(config: Config, shape: tuple[int, ...]) -> int:
