@@ -309,6 +309,7 @@ BAD_FLAGS = [
     (["--task", "flow"], "flow is unknown"),
     (["--micro-batch", "1"], "BatchNorm"),
     (["--batch", "5"], "no multiple of --micro-batch"),
+    (["--memory", "-1"], "gigabytes of one GPU"),
     (["--crop", "100"], "no multiple of 64"),
     (["--unet-channels", "320", "640", "1280", "1280"], "--init random"),
     (["--unet-channels", "32", "44", "64", "64"], "multiples of"),
