@@ -2,8 +2,8 @@
 
 The step runs on fake tensors (shapes without values) while a dispatch mode adds up the bytes of all
 tensors that are alive: weights, gradients, the optimiser's moments, activations, and what
-checkpointing recomputes.  Seconds, and no memory.  Not counted: the CUDA context, workspaces and
-fragmentation, together about 1 GB, and the loader's processes.
+checkpointing recomputes.  Half a minute at full width, and no memory.  The CUDA context, workspaces
+and fragmentation are taken to be OTHER_GB; the loader's processes are not counted.
 """
 import weakref
 from dataclasses import replace
@@ -86,7 +86,8 @@ def fake_target(config: Config, images: tuple[int, ...]) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Before a run.  Of all functions below: shape_of() gives an image's shape, (3, H, W).
+# Before a run.  In all functions below, shape_of() gives an image's shape, (3, H, W), and
+# optimizer_of(model) makes the optimiser.
 
 def step_gb(recipe: Recipe, config: Config, shape_of, optimizer_of, device, dtype) -> float:
     """GB that a GPU must have for a step of the recipe, in each process."""
