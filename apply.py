@@ -31,21 +31,21 @@ import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
 
-import augment
-import city_data
+from ops import augment
+from sets import cityscapes as city_data
 import data
-import heatmaps
-import oks
-import pictures
-import pose_data
-import recipes
-import shapes
-from errors import InputError
+from tools import heatmaps
+from ops import oks
+from ops import draw as pictures
+from sets import coco as pose_data
+from tasks import recipes
+from sets import shapes
+from ops.errors import InputError
 from heads import resize
 from model import Config, MetaPromptModel
 from predict import (DepthProtocol, PoseProtocol, Protocol, device_of, predict_depth, predict_pose,
                      predict_seg, to_batch)
-from weights import read_json
+from weights.files import read_json
 
 SMALLEST = 64  # sides below are enlarged: the UNet's coarsest stride
 PROBABILITIES = 1 << 27  # held at once, 0.5 GB; labels of larger images are enlarged afterwards

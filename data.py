@@ -21,10 +21,10 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-import augment
-import parallel
-import shapes
-from errors import InputError
+from ops import augment
+from ops import parallel
+from sets import shapes
+from ops.errors import InputError
 
 IGNORE = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -69,7 +69,7 @@ def plain_classes(names: tuple[str, ...], palette=None) -> Classes:
 
 def class_table(name: str) -> dict:
     """The entry of classes.json for a released set."""
-    return json.loads((Path(__file__).parent / "classes.json").read_text())[name]
+    return json.loads((Path(__file__).parent / "sets" / "classes.json").read_text())[name]
 
 
 def inverse(lut: np.ndarray) -> np.ndarray:

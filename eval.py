@@ -24,17 +24,17 @@ from huggingface_hub.utils import tqdm
 from PIL import Image
 
 import apply
-import city_data
+from sets import cityscapes as city_data
 import data
-import depth_data
-import heatmaps
-import oks
-import parallel
-import pictures
-import pose
-import pose_data
-import weights
-from errors import InputError, run_command
+from sets import nyu_kitti as depth_data
+from tools import heatmaps
+from ops import oks
+from ops import parallel
+from ops import draw as pictures
+from ops import udp as pose
+from sets import coco as pose_data
+from weights import files as weights
+from ops.errors import InputError, run_command
 from metrics import DEPTH_METRICS, confusion, depth_metrics, seg_metrics, valid_depth
 from model import MetaPromptModel
 from predict import (DepthProtocol, PoseProtocol, Protocol, find_protocol, in_words, pick_device,

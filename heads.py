@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import pose
-from parallel import BatchNorm2d, by_class, total
+from ops import udp as pose
+from ops.parallel import BatchNorm2d, by_class, total
 
 IGNORE = 255  # label of pixels that count neither in losses nor in metrics
 CHUNK = 16  # classes that Lovasz-softmax sorts at once: all 150 would take 4 GB at 2 x 512 x 512

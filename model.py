@@ -24,11 +24,11 @@ from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntry
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import official
+from weights import official
 import unet
 import vae
-import weights
-from errors import InputError
+from weights import files as weights
+from ops.errors import InputError
 from heads import DepthHead, FusionNeck, PoseHead, PyramidNeck, SegHead, resize
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import augment
-import pose
-from errors import InputError
+from ops import augment
+from ops import udp as pose
+from ops.errors import InputError
 from heads import resize
 from model import MetaPromptModel
 

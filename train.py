@@ -27,18 +27,18 @@ from pathlib import Path
 import torch
 from huggingface_hub.utils import tqdm
 
-import ablate
-import checkpoint
+from tools import ablate
+from weights import checkpoint
 import data
 import eval as evaluation
-import memory
-import muon
-import parallel
+from tools import memory
+from ops import muon
+from ops import parallel
 import predict
-import weights
-from errors import InputError, run_command
+from weights import files as weights
+from ops.errors import InputError, run_command
 from model import Config, MetaPromptModel, read_config
-from recipes import Recipe, lr_factor, parse, read_prompts, resolve
+from tasks.recipes import Recipe, lr_factor, parse, read_prompts, resolve
 
 
 # ------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import weights
-from errors import InputError
+from weights import files as weights
+from ops.errors import InputError
 
 CHANNELS = (320, 640, 1280, 1280)  # SD1.5, per level: 1/8, 1/16, 1/32, 1/64
 NUM_HEADS = 8  # at every level; HF's config calls this number "attention_head_dim"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import weights
+from weights import files as weights
 
 CHANNELS = (128, 256, 512, 512)  # SD1.5, per level: 1/1, 1/2, 1/4, 1/8
 LATENT_CHANNELS = 4  # of SD1.5

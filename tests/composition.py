@@ -17,7 +17,7 @@ import train
 from heads import IGNORE
 from model import MetaPromptModel, enlarge, rearrange
 from oracles import randomise
-from recipes import RECIPES, Recipe
+from tasks.recipes import RECIPES, Recipe
 from unet import UNet
 from vae import VAEEncoder
 

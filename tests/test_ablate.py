@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_train import TINY, recipe, run
 
-import ablate
-import checkpoint
-import recipes
+from tools import ablate
+from weights import checkpoint
+from tasks import recipes
 import train
-from errors import InputError
+from ops.errors import InputError
 
 VARIANTS = {v.name: v for v in ablate.VARIANTS}
 

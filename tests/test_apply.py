@@ -19,13 +19,13 @@ from PIL import Image
 from torch import nn
 
 import apply
-import augment
+from ops import augment
 import data
-import depth_data
+from sets import nyu_kitti as depth_data
 import eval as evaluation
-import pose
+from ops import udp as pose
 import predict
-from errors import InputError
+from ops.errors import InputError
 from model import Config, MetaPromptModel
 from predict import PROTOCOLS, DepthProtocol, PoseProtocol, Protocol
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import augment
+from ops import augment
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "augment.json").read_text())
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_model import build
 
-import checkpoint
-from errors import InputError
+from weights import checkpoint
+from ops.errors import InputError
 
 
 @pytest.fixture

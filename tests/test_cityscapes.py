@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-import city_data
+from sets import cityscapes as city_data
 import data
-import errors
+from ops import errors
 import eval as evaluation
 import train
-from errors import InputError
+from ops.errors import InputError
 
 H, W = 24, 48
 BICYCLE_ID, ROAD_ID, PLATE_ID, CAR_ID = 33, 7, 255, 26  # in labelIds files; 255: -1 in 8 bits

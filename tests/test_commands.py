@@ -20,16 +20,16 @@ import pytest
 import test_apply
 import test_cityscapes
 import test_data
-import test_depth_data
+import test_nyu_kitti as test_depth_data
 import test_official
-import test_pose_data
+import test_coco as test_pose_data
 import test_train
 from official_fixture import official_file
 from oracles import diffusers_unet, diffusers_vae
 
-import recipes
-import weights
-from official import our_name
+from tasks import recipes
+from weights import files as weights
+from weights.official import our_name
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

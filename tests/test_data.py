@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-import augment
+from ops import augment
 import data
-import shapes
+from sets import shapes
 from data import SegFiles, Shapes, Stream
-from errors import InputError
+from ops.errors import InputError
 
 
 def write(path, array, palette=None, **options):

@@ -18,13 +18,13 @@ from PIL import Image
 from torch import nn
 
 import data
-import errors
+from ops import errors
 import eval as evaluation
-import oks
-import pose
-import pose_data
+from ops import oks
+from ops import udp as pose
+from sets import coco as pose_data
 import predict
-from errors import InputError
+from ops.errors import InputError
 from model import Config, MetaPromptModel
 from predict import PoseProtocol, Protocol
 

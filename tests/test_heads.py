@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import heads
-import pose
+from ops import udp as pose
 from heads import IGNORE, ConvBNReLU, FCNHead, PyramidNeck, SegHead, UPerHead
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "seg.json").read_text())["losses"]

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-import heatmaps
-from errors import InputError
+from tools import heatmaps
+from ops.errors import InputError
 from model import Config, MetaPromptModel
 
 TINY = dict(num_prompts=5, refine_steps=2, head_channels=16, unet_channels=(16,) * 4, num_heads=1,

@@ -8,11 +8,11 @@ import pytest
 import test_train
 import torch
 
-import memory
+from tools import memory
 import train
-from errors import InputError
+from ops.errors import InputError
 from model import Config, MetaPromptModel
-from recipes import RECIPES, read_recipe
+from tasks.recipes import RECIPES, read_recipe
 
 CPU = torch.device("cpu")
 SMALL = dict(num_prompts=8, refine_steps=2, head_channels=16, unet_channels=(32, 32, 64, 64),

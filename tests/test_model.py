@@ -11,7 +11,7 @@ from oracles import randomise
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
-from errors import InputError
+from ops.errors import InputError
 from model import Config, MetaPromptModel, rearrange
 from unet import UNet
 

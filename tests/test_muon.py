@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import muon
+from ops import muon
 
 
 def gradients(layers: nn.Module, seed: int) -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import predict
-import official
-from errors import InputError
+from weights import official
+from ops.errors import InputError
 from model import MetaPromptModel
 
 GOLDEN = Path(__file__).parent / "golden"

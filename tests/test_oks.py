@@ -17,8 +17,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import oks
-from errors import InputError
+from ops import oks
+from ops.errors import InputError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "oks.json").read_text())
 CASES = GOLDEN["cases"]

@@ -23,11 +23,11 @@ from torch import nn
 import data
 import eval as evaluation
 import heads
-import parallel
+from ops import parallel
 import predict
-import recipes
+from tasks import recipes
 import train
-from errors import InputError
+from ops.errors import InputError
 
 TINY = ["--unet-channels", "16", "16", "32", "32", "--vae-channels", "8", "8", "16", "16",
         "--norm-groups", "8", "--context-dim", "16", "--num-heads", "1", "--num-prompts", "4",

@@ -17,7 +17,7 @@ from oracles import randomise
 from torch import nn
 
 import predict
-from errors import InputError
+from ops.errors import InputError
 from model import Config, MetaPromptModel
 from predict import PROTOCOLS, Protocol
 

@@ -6,7 +6,7 @@ Run from the project folder: ``python -m pytest tests/test_raycast.py``
 import numpy as np
 import pytest
 
-import raycast
+from sets import raycast
 
 CAM = raycast.Camera((0.0, 2.0, 0.0), ((1, 0, 0), (0, -0.96, -0.28), (0, -0.28, 0.96)), 128, 128,
                      128)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import eval as evaluation
 import predict
-import recipes
+from tasks import recipes
 import train
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 import pytest
 
-import shapes
-from raycast import FAR
+from sets import shapes
+from sets.raycast import FAR
 
 SIDE = 128
 GOLDEN = 4053932937

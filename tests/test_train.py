@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import checkpoint
+from weights import checkpoint
 import data
-import errors
+from ops import errors
 import eval as evaluation
 import predict
-import recipes
+from tasks import recipes
 import train
-from errors import InputError
+from ops.errors import InputError
 
 TINY = ["--unet-channels", "16", "16", "32", "32", "--vae-channels", "8", "8", "16", "16",
         "--norm-groups", "8", "--context-dim", "16", "--num-heads", "1", "--num-prompts", "4",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from oracles import LEVELS, diffusers_unet, hooked_features, relative_error
 
 import unet as our
-from errors import InputError
+from ops.errors import InputError
 from unet import UNet
 
 CONTEXT = 48

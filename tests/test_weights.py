@@ -11,8 +11,8 @@ from ldm_names import to_ldm
 from oracles import LEVELS, randomise
 from safetensors.torch import save_file
 
-import weights
-from errors import InputError
+from weights import files as weights
+from ops.errors import InputError
 from unet import UNet
 from vae import VAEEncoder
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import data
-import pictures
+from ops import draw as pictures
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 200, 0), (0, 0, 255), (250, 240, 0)
 CLASSES = data.plain_classes(("sky", "road", "car", "a name that is far too long"),

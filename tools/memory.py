@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import parallel
+from ops import parallel
 import predict
-from errors import InputError
+from ops.errors import InputError
 from model import Config, MetaPromptModel
-from recipes import Recipe
+from tasks.recipes import Recipe
 
 OTHER_GB = 1.0  # CUDA context, workspaces, fragmentation
 

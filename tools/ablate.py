@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import eval as evaluation
-from errors import InputError
-from recipes import Recipe, check, read_recipe
+from ops.errors import InputError
+from tasks.recipes import Recipe, check, read_recipe
 
 PROMPTS = "prompts.safetensors"  # in the folder of a run with fixed prompts
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import InputError
+from ops.errors import InputError
 
 PATIENCE = timedelta(minutes=30)  # for the others, while the first process saves
 

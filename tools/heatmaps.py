@@ -19,9 +19,9 @@ from huggingface_hub.utils import tqdm
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from errors import InputError
+from ops.errors import InputError
 from model import Config, MetaPromptModel, rearrange
-from pictures import TEXT_HEIGHT, blend_heat, colour_heat, fit
+from ops.draw import TEXT_HEIGHT, blend_heat, colour_heat, fit
 from predict import autocast, device_of, to_batch
 
 PROMPTS = 6  # drawn unless said otherwise

@@ -13,15 +13,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import data
-import errors
+from ops import errors
 import eval as eval_command
-import oks
-import pose
-import pose_data
-import recipes
-import shapes
+from ops import oks
+from ops import udp as pose
+from sets import coco as pose_data
+from tasks import recipes
+from sets import shapes
 import train
-from errors import InputError
+from ops.errors import InputError
 
 CROP = (64, 48)
 SIZE = (80, 100)                 # of the images of the miniature set, height and width

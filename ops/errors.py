@@ -18,6 +18,6 @@ def run_command(command) -> None:
         command()
     except (InputError, FloatingPointError) as error:
         # A data-loader worker wraps the message in its traceback: the last line is ours.
-        message = str(error).strip().splitlines()[-1].removeprefix("errors.InputError: ")
+        message = str(error).strip().splitlines()[-1].removeprefix("ops.errors.InputError: ")
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, InputError) else 1) from None

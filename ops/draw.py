@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-import pose
+from ops import udp as pose
 from data import IGNORE, Classes
 
 TEXT_HEIGHT = 14  # pixels per legend line

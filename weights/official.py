@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import InputError
-from weights import hf_name, modern_vae_attention
+from ops.errors import InputError
+from weights.files import hf_name, modern_vae_attention
 
 UNET = "unet.unet.diffusion_model."
 PREFIXES = {  # official -> ours, after the depth model's `encoder.` has been cut off

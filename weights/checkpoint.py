@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import weights
-from errors import InputError
+from weights import files as weights
+from ops.errors import InputError
 from model import MetaPromptModel
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 import predict
-import weights
-from errors import InputError
+from weights import files as weights
+from ops.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from PIL import Image
 from test_train import TINY, run
 from safetensors.torch import load_file
 
-import augment
-import depth_data
-import errors
+from ops import augment
+from sets import nyu_kitti as depth_data
+from ops import errors
 import eval as evaluation
-import recipes
+from tasks import recipes
 import train
-from errors import InputError
+from ops.errors import InputError
 
 KITTI_RGB = "/raw_data/2011_09_26/2011_09_26_drive_{}_sync/image_02/data/{:010d}.png"
 KITTI_DEPTH = ("/data_depth_annotated/train/2011_09_26_drive_{}_sync/proj_depth/groundtruth/"

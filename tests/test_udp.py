@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-import augment
-import pose
+from ops import augment
+from ops import udp as pose
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "pose.npz")
 TAGS = ("s", "m", "l")

@@ -22,13 +22,13 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch.utils.data import Dataset
 
-import augment
-import pose
-import shapes
+from ops import augment
+from ops import udp as pose
+from sets import shapes
 from data import CHECKED_FILES, VAL_SEED, find_root, load_image, to_sample
-from errors import InputError
-from oks import numbers
-from weights import read_json
+from ops.errors import InputError
+from ops.oks import numbers
+from weights.files import read_json
 
 PERSON = 1                       # COCO's category; others are left out
 GROUND_TRUTH = "ground-truth boxes"

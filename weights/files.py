@@ -19,7 +19,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from errors import InputError
+from ops.errors import InputError
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # decisions: the runwayml repository is gone
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import InputError
+from ops.errors import InputError
 
 # Joint by joint, in COCO's order.  Tenths, because .26 / 10 is not .026 to the last bit.
 SIGMAS = np.array([.26, .25, .25, .35, .35, .79, .79, .72, .72, .62, .62,

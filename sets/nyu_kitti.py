@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-import augment
+from ops import augment
 from data import CHECKED_FILES, UNREADABLE, find_root, list_pairs, load_image, to_sample
-from errors import InputError
+from ops.errors import InputError
 
 KITTI_SIZE = (352, 1216)  # of the benchmark's crop
 
