@@ -1,0 +1,89 @@
+"""Settings as frozen dataclasses: read from JSON with every field checked, and explained.
+
+A field is one line of source, `name: type = value  # what it is and where the value is from`.
+The comment is the field's documentation everywhere: in --help, in eval.py's --protocol.
+A settings class may hold others; JSON holds them as objects within objects, tuples as lists.
+"""
+import inspect
+import math
+import re
+import types
+import typing
+from dataclasses import fields, is_dataclass, replace
+
+from ops.errors import InputError
+
+LINE = re.compile(r"    (\w+): .*?(?:  # (.*))?$")  # of a field: its name and its comment
+
+
+def comments(kind: type) -> dict[str, str]:
+    """Field name -> its comment, "" if it has none."""
+    found = {}
+    for line in inspect.getsource(kind).splitlines():
+        match = LINE.match(line)
+        if match and match[1] in kind.__dataclass_fields__:
+            found[match[1]] = match[2] or ""
+    return found
+
+
+def from_dict(kind: type, values: dict, where: str):
+    """`values`, parsed JSON, as an instance of the dataclass `kind`.
+
+    Raises InputError, which begins with `where`, for a field that is unknown, missing, of another
+    type or not finite.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{where} must be an object with the fields of {kind.__name__}")
+    known, hints = [field.name for field in fields(kind)], typing.get_type_hints(kind)
+    for name in values:
+        if name not in known:
+            raise InputError(f"{where}: unknown field {name!r:.60}; known: {', '.join(known)}")
+    for name in known:
+        if name not in values:
+            raise InputError(f"{where} lacks the field {name}")
+    return kind(**{name: checked(hints[name], values[name], f"{where}: {name}") for name in known})
+
+
+def checked(hint, value, where: str):
+    """A JSON value as the annotation `hint` wants it; InputError if it is of another type."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if is_dataclass(option):
+            return from_dict(option, value, where)
+        if fits(option, value):
+            return tuple(value) if typing.get_origin(option) is tuple else value
+    wanted = " or ".join("null" if option is type(None) else str(getattr(option, "__name__", option))
+                         if typing.get_origin(option) is None else str(option)
+                         for option in options)
+    raise InputError(f"{where} is {value!r:.60}, but should be {wanted}")
+
+
+def fits(kind, value) -> bool:
+    """Whether a value is of a plain type or a tuple of one; an int is a float, a bool no int."""
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        if not isinstance(value, (list, tuple)):
+            return False
+        items = items[:1] * len(value) if items[-1] is Ellipsis else items
+        return len(items) == len(value) and all(map(fits, items, value))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) \
+            and math.isfinite(value)
+    return type(value) is kind
+
+
+def leaves(settings, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:
+    """Path of field names -> value, for every field that is not itself a settings class."""
+    found = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        here = (*path, field.name)
+        found.update(leaves(value, here) if is_dataclass(value) else {here: value})
+    return found
+
+
+def with_leaf(settings, path: tuple[str, ...], value):
+    """A copy of `settings` in which the field at `path` has another value."""
+    name, *rest = path
+    value = with_leaf(getattr(settings, name), tuple(rest), value) if rest else value
+    return replace(settings, **{name: value})
