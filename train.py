@@ -1,4 +1,4 @@
-"""Training: the recipe of each data set, and the loop, in execution order.
+"""Training: one run, in execution order.
 
     python train.py --task seg                                       embedded scenes, tiny backbone
     python train.py --task seg --dataset ade20k --data PATH          the paper's recipe on SD1.5
@@ -8,11 +8,10 @@
     python train.py --task pose                                      the same people, 17 joints
     python train.py --task pose --dataset coco --data PATH           the paper's size on SD1.5
     python train.py --task seg --dataset cityscapes --data PATH --init-from runs/seg-mapillary
-    python train.py --task seg --ablate                              the paper's Table 5 (ablate.py)
+    python train.py --task depth --dataset nyu --help                every setting, and its value
     python train.py --resume runs/seg-ade20k                         go on, exact to the bit
-    torchrun --nproc-per-node 8 train.py ...                         many GPUs, see parallel.py
+    torchrun --nproc-per-node 8 train.py ...                         many GPUs, see ops/parallel.py
 
-Every field of Recipe (recipes.py) is a flag.
 Writes RUN/{recipe.json, metrics.jsonl, last/, best/, pictures/}.
 """
 import json
@@ -27,46 +26,101 @@ from pathlib import Path
 import torch
 from huggingface_hub.utils import tqdm
 
-from tools import ablate
-from weights import checkpoint
 import data
 import eval as evaluation
-from tools import memory
-from ops import muon
-from ops import parallel
-import predict
-from weights import files as weights
-from ops.errors import InputError, run_command
 from model import Config, MetaPromptModel, read_config
-from tasks.recipes import Recipe, lr_factor, parse, read_prompts, resolve
+from ops import muon, parallel
+from ops.device import autocast, device_of, pick_device, pick_precision
+from ops.errors import InputError, read_json, run_command
+from tasks import TASKS
+from tasks.flags import read_prompts, resolve
+from tasks.recipes import Recipe, lr_factor, to_dict
+from weights import checkpoint
+
+
+def main() -> None:
+    """Parse, train, say where the result is."""
+    with parallel.group():
+        recipe, resume = parallel.first(resolve(sys.argv[1:], __doc__))  # one name for the folder
+        if parallel.anyone(not resume and (Path(recipe.out) / "recipe.json").exists()):
+            raise InputError(f"--out {recipe.out} holds a run already: --resume {recipe.out}, or "
+                             "give another folder")
+        start = time.perf_counter()
+        try:
+            result = train(recipe, resume)
+        except torch.OutOfMemoryError as error:
+            raise InputError(f"out of GPU memory ({str(error).splitlines()[0]}): python -m "
+                             f"tools.memory --task {recipe.task} --dataset {recipe.dataset} --fit "
+                             "GB says which flags fit") from None
+        report(recipe, result, time.perf_counter() - start)
+
+
+def train(recipe: Recipe, resume: bool) -> dict:
+    """Train to the end of the recipe, or until a signal.
+
+    Returns {"best": of the main metric, "metric": its name, "run": folder, "steps": steps done}.
+    """
+    run, device = Path(recipe.out), pick_device(recipe.device)
+    parallel.check_device(device)
+    parallel.accumulation(recipe.batch, recipe.micro_batch)  # refuses what does not divide
+    dtype = pick_precision(recipe.precision, device)
+
+    # Data, checked before anything slow; then the model.
+    train_set, val_set = (data.open_set(recipe, split) for split in ("train", "val"))
+    print(f"training   {train_set.check()}\nvalidation {val_set.check()}")
+    model, optimizer, state = begin(recipe, resume, train_set, device)
+    recipe = replace(recipe, model=model.config)
+    print_plan(recipe, model, device, dtype)
+    if parallel.rank() == 0 and not resume:
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(run / "recipe.json", to_dict(recipe))
+
+    done = state["step"] * parallel.accumulation(recipe.batch, recipe.micro_batch)
+    batches = Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed, done,
+                                      recipe.workers), len(train_set))
+    with Stop() as stop:
+        loop(recipe, model, optimizer, state, batches, val_set, dtype, stop)
+    if batches.unreadable and parallel.rank() == 0:
+        (run / "unreadable.txt").write_text("".join(f"{m}\n" for m in batches.unreadable),
+                                            encoding="utf-8")
+        print(f"skipped    {len(batches.unreadable)} unreadable images, see {run}/unreadable.txt")
+    return {"best": state["best"], "metric": TASKS[recipe.task].METRIC[0], "run": str(run),
+            "steps": state["step"]}
 
 
 # ------------------------------------------------------------------------------------------------
-# Pieces of the loop
+# The start
 
-def model_config(recipe: Recipe, class_names: tuple[str, ...]) -> Config:
-    """What the recipe says about the model."""
-    return Config(
-        task=recipe.task, num_prompts=recipe.num_prompts, refine_steps=recipe.refine_steps,
-        shared_prompts=recipe.shared_prompts, prompt_adapter=recipe.prompt_adapter,
-        fixed_prompts=recipe.prompts is not None, modulated_timestep=recipe.modulated_timestep,
-        rearrange=recipe.rearrange, latent_scale=recipe.latent_scale,
-        num_classes=len(class_names), class_names=class_names,
-        head_channels=recipe.head_channels, max_depth=recipe.max_depth,
-        resize_scale=recipe.resize_scale, deconv_channels=recipe.deconv_channels,
-        sigma=recipe.sigma, dropout=recipe.dropout,
-        train_encoder=recipe.backbone == "tiny" or recipe.init == "random",
-        unet_channels=recipe.unet_channels, vae_channels=recipe.vae_channels,
-        context_dim=recipe.context_dim, num_heads=recipe.num_heads,
-        latent_channels=recipe.latent_channels, norm_groups=recipe.norm_groups,
-        unet_layers=recipe.unet_layers, vae_layers=recipe.vae_layers)
+def begin(recipe: Recipe, resume: bool, train_set, device: torch.device):
+    """(model, optimiser, state): new, or where the run left off.
+
+    state: {"step": steps done, "best": best value of the main metric or None}.
+    """
+    if resume:
+        folder = checkpoint.find_last(Path(recipe.out))
+        state = read_json(folder / "state.json")
+        model = checkpoint.own_memory(MetaPromptModel.from_pretrained(folder)).train().to(device)
+        optimizer = build_optimizer(model, recipe)
+        checkpoint.load_optimizer(folder, model, optimizer)
+        print(f"resuming   {folder} at step {state['step']}")
+    else:
+        state = {"step": 0, "best": None}
+        model = build_model(recipe, class_names(train_set)).to(device)
+        optimizer = build_optimizer(model, recipe)
+    model.unet.gradient_checkpointing = recipe.gradient_checkpointing
+    return model, optimizer, state
 
 
-def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> MetaPromptModel:
+def class_names(train_set) -> tuple[str, ...]:
+    """Names of a segmentation set's classes, () for other tasks."""
+    return train_set.classes.names if hasattr(train_set, "classes") else ()
+
+
+def build_model(recipe: Recipe, names: tuple[str, ...]) -> MetaPromptModel:
     """A new model: on pretrained weights, on another run's, or from random ones (whose encoder is
     trained, too).
     """
-    config = model_config(recipe, class_names)
+    config = replace(recipe.model, num_classes=len(names), class_names=names)
     torch.manual_seed(recipe.seed)
     if recipe.init_from:
         model = second_stage(config, recipe.init_from)
@@ -77,15 +131,13 @@ def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> MetaPromptModel
         model = MetaPromptModel.from_stable_diffusion(config, recipe.backbone)
         print(f"backbone   {recipe.backbone}: pretrained, VAE encoder frozen")
     if recipe.prompts:
-        prompts = read_prompts(Path(recipe.prompts), model.config.context_dim)
+        prompts = read_prompts(Path(recipe.prompts), model.config.unet.context_dim)
         model.prompts.data.copy_(prompts)                # (N, D) -> (1 or T, N, D)
-        print(f"prompts    {recipe.prompts}: fixed, {'an' if recipe.prompt_adapter else 'no'} "
+        print(f"prompts    {recipe.prompts}: fixed, {'an' if config.prompt_adapter else 'no'} "
               "adapter is trained")
     return model.train()
 
 
-WIDTHS = ("unet_channels", "num_heads", "context_dim", "vae_channels", "latent_channels",
-          "norm_groups", "unet_layers", "vae_layers")  # of a pretrained backbone: the files'
 MAY_DIFFER = ("num_classes", "class_names", "refine_steps", "dropout", "max_depth", "resize_scale",
               "sigma")  # between two stages
 
@@ -93,54 +145,29 @@ MAY_DIFFER = ("num_classes", "class_names", "refine_steps", "dropout", "max_dept
 def second_stage(config: Config, run: str) -> MetaPromptModel:
     """A model of `config` with the weights of RUN/best, else RUN/last, else RUN; says what is new.
 
-    Other numbers of classes and of passes are possible, see `adapt`.  InputError if anything else
-    that the weights depend on differs.
+    Other numbers of classes and of passes are possible, see checkpoint.adapt.  InputError if
+    anything else that the weights depend on differs.
     """
     folder = evaluation.find_checkpoint(run, "--init-from")
-    theirs = asdict(read_config(folder / "config.json"))
+    theirs = read_config(folder / "config.json")
     if not config.train_encoder:
-        config = replace(config, **{name: theirs[name] for name in WIDTHS})
-    differing = [f"{name} {theirs[name]} (here {value})" for name, value in asdict(config).items()
-                 if name not in MAY_DIFFER and theirs[name] != value]
+        config = replace(config, unet=theirs.unet, vae=theirs.vae)
+    before = asdict(theirs)
+    differing = [f"{name} {before[name]} (here {value})" for name, value in asdict(config).items()
+                 if name not in MAY_DIFFER and before[name] != value]
     if differing:
         raise InputError(f"--init-from {folder} has {', '.join(differing)}: only "
                          f"{', '.join(MAY_DIFFER)} may differ; give the same flags as there")
     source, model = MetaPromptModel.from_pretrained(folder), MetaPromptModel(config)
     print(f"backbone   and all other weights: those of {folder}")
-    model.load_state_dict(adapt(source, model))
+    model.load_state_dict(checkpoint.adapt(source, model))
     return model
-
-
-def adapt(source: MetaPromptModel, model: MetaPromptModel) -> dict[str, torch.Tensor]:
-    """Tensors of `source` for `model`; whatever does not fit is new, as `model` has it: the
-    classifier if the number of classes differs, the rows of temb, prompts and the adapters of
-    passes that `source` has not.
-    """
-    old, new = source.state_dict(), model.state_dict()
-    theirs, ours = source.config, model.config
-    tensors = {name: old.get(name, value) for name, value in new.items()}
-    if theirs.num_classes != ours.num_classes:
-        layers = [name for name in new if ".conv_seg." in name]
-        tensors.update({name: new[name] for name in layers})
-        print(f"classes    {theirs.num_classes} there, {ours.num_classes} here: new random values "
-              f"for {', '.join(layers)}")
-    elif theirs.class_names != ours.class_names:
-        print("classes    as many, but other names: the classifier is taken over as it is")
-    if theirs.refine_steps != ours.refine_steps:
-        rows = [n for n in ("temb", "prompts") if n in new and len(new[n]) != len(old[n])]
-        for name in rows:                                # adapters come and go by their names
-            tensors[name] = torch.cat([old[name][:len(new[name])], new[name][len(old[name]):]])
-        kept = min(theirs.refine_steps, ours.refine_steps)
-        print(f"passes     {theirs.refine_steps} there, {ours.refine_steps} here: first {kept} of "
-              f"{', '.join(rows) or 'nothing'}" + ("; the later ones are new random values"
-                                                   if ours.refine_steps > kept else ""))
-    return tensors
 
 
 def build_optimizer(model: MetaPromptModel, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW over the model's groups; fused, which is faster and rounds the same on every call.
 
-    With recipe.muon_lr the weights of its layers take Muon's steps instead (muon.py).
+    With recipe.muon_lr the weights of its layers take Muon's steps instead (ops/muon.py).
     """
     groups = model.param_groups(recipe.lr, recipe.unet_lr_mult, recipe.weight_decay)
     if recipe.muon_lr > 0:
@@ -149,108 +176,24 @@ def build_optimizer(model: MetaPromptModel, recipe: Recipe) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=True)
 
 
-def train_step(loss_of, optimizer, batches, recipe: Recipe, step: int, device, dtype) -> dict:
-    """One optimiser step from `recipe.batch` images; returns its mean losses over all processes.
-
-    Raises FloatingPointError with the images' names if a loss is not finite; the weights are then
-    still those of the step before.
-    """
-    # Dropout: a function of step and process alone.
-    torch.manual_seed((recipe.seed + 1009 * parallel.rank()) * 1_000_003 + step)
-    accumulate, means = parallel.accumulation(recipe.batch, recipe.micro_batch), {}
-    for i in range(accumulate):
-        batch = next(batches)
-        images = batch["image"].to(device, non_blocking=True)
-        target = batch["target"].to(device, non_blocking=True)
-        with parallel.exchange_gradients(loss_of, now=i == accumulate - 1):
-            with predict.autocast(device, dtype):
-                losses = loss_of(images, target)
-            values = parallel.mean({name: value.item() for name, value in losses.items()})
-            if not math.isfinite(sum(values.values())):
-                optimizer.zero_grad()
-                names = sum(parallel.gather(batch["name"]), [])
-                raise FloatingPointError(f"the loss is {sum(values.values())} at step {step}; the "
-                                         f"images: {', '.join(names)}")
-            (sum(losses.values()) / accumulate).backward()
-        for name, value in values.items():
-            means[name] = means.get(name, 0.0) + value / accumulate
-    if recipe.clip:
-        torch.nn.utils.clip_grad_norm_(
-            [p for group in optimizer.param_groups for p in group["params"]], recipe.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"loss": sum(means.values()), **means}
-
-
-def peak_gb(device: torch.device) -> float:
-    """Peak memory so far in GB: the GPU's, or this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-class Log:
-    """metrics.jsonl: one line per record; on resuming, records after the checkpoint are dropped.
-
-    The first of several processes writes it.
-    """
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        if parallel.rank() > 0:
-            return
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
-
-    def write(self, record: dict) -> None:
-        """Append a record."""
-        if parallel.rank() == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+def print_plan(recipe: Recipe, model: MetaPromptModel, device, dtype) -> None:
+    """Say what is about to happen."""
+    print("recipe     " + json.dumps(to_dict(recipe)))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    every = sum(p.numel() for p in model.parameters()) / 1e6
+    devices = f"{parallel.world()} x {device}" if parallel.world() > 1 else device
+    print(f"model      {every:.1f} M parameters, {trained:.1f} M trained; T = "
+          f"{recipe.model.refine_steps}, N = {recipe.model.num_prompts}\ndevice     {devices}, "
+          f"{dtype}, torch {torch.__version__}\nout        {recipe.out}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
 # The loop
 
-def train(recipe: Recipe, resume: bool) -> dict:
-    """Train to the end of the recipe, or until a signal.
-
-    Returns {"best": of the main metric, "metric": its name, "run": folder, "steps": steps done}.
-    """
-    run = Path(recipe.out)
-    device = predict.pick_device(recipe.device)
-    parallel.check_device(device)
-    parallel.accumulation(recipe.batch, recipe.micro_batch)  # refuses what does not divide
-    dtype = predict.pick_precision(recipe.precision, device)
-
-    # Data, checked before anything slow; then the model.
-    train_set, val_set = (evaluation.open_set(asdict(recipe), split) for split in ("train", "val"))
-    print(f"training   {train_set.check()}\nvalidation {val_set.check()}")
-    class_names = train_set.classes.names if recipe.task == "seg" else ()
-    model, optimizer, state = begin(recipe, resume, class_names, device)
-    recipe = with_memory(recipe, resume, model, train_set, device, dtype)
-    print_plan(recipe, run, model, device, dtype)
-    if parallel.rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
-
-    done = state["step"] * parallel.accumulation(recipe.batch, recipe.micro_batch)
-    batches = Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed, done,
-                                      recipe.workers), len(train_set))
-    with Stop() as stop:
-        loop(recipe, model, optimizer, state, batches, val_set, dtype, stop)
-    if batches.unreadable and parallel.rank() == 0:
-        (run / "unreadable.txt").write_text("".join(f"{m}\n" for m in batches.unreadable))
-        print(f"skipped    {len(batches.unreadable)} unreadable images, see {run}/unreadable.txt")
-    return {"best": state["best"], "metric": evaluation.MAIN_METRIC[recipe.task][0],
-            "run": str(run), "steps": state["step"]}
-
-
 def loop(recipe: Recipe, model: MetaPromptModel, optimizer, state: dict, batches, val_set,
          dtype: torch.dtype, stop) -> None:
     """The steps from state["step"] on, each in the order that it happens in."""
-    run, device = Path(recipe.out), next(model.parameters()).device
+    run, device = Path(recipe.out), device_of(model)
     loss_of = parallel.distribute(model)
     loss_of = torch.compile(loss_of) if recipe.compile else loss_of
     log = Log(run / "metrics.jsonl", state["step"])
@@ -269,7 +212,7 @@ def loop(recipe: Recipe, model: MetaPromptModel, optimizer, state: dict, batches
             log.write({"step": done, **losses, "lr": recipe.lr * lr_factor(step, recipe),
                        **batches.rates(), "peak_gb": peak_gb(device)})
         if done % recipe.eval_every == 0 or last:
-            metrics = judge(recipe, model, val_set, dtype, done, state)
+            metrics = validate(recipe, model, val_set, dtype, done, state)
             log.write({"step": done, **{k: v for k, v in metrics.items() if isinstance(v, float)}})
             bar.write(f"step {done}: {evaluation.summary(metrics)}  loss {losses['loss']:.3f}")
             batches.restart()
@@ -284,62 +227,53 @@ def loop(recipe: Recipe, model: MetaPromptModel, optimizer, state: dict, batches
     bar.close()
 
 
-class Stop:
-    """SIGTERM and SIGINT (Ctrl-C) ask training to end after this step; a second one ends it now."""
+def train_step(loss_of, optimizer, batches, recipe: Recipe, step: int, device, dtype) -> dict:
+    """One optimiser step from `recipe.batch` images; returns its mean losses over all processes.
 
-    def __enter__(self):
-        self.asked = False
-        self.before = {number: signal.signal(number, self.ask)
-                       for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def ask(self, number, frame) -> None:
-        """Handle a signal."""
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        tqdm.write("stopping   after this step (again: at once, without saving)")
-
-    def __exit__(self, *error) -> None:
-        """Give the signals back to who had them."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def begin(recipe: Recipe, resume: bool, class_names: tuple[str, ...], device: torch.device):
-    """(model, optimiser, state): new, or where the run left off.
-
-    state: {"step": steps done, "best": best value of the main metric or None}.
+    Raises FloatingPointError with the images' names if a loss is not finite; the weights are then
+    still those of the step before.
     """
-    if resume:
-        folder = checkpoint.find_last(Path(recipe.out))
-        state = weights.read_json(folder / "state.json")
-        model = checkpoint.load_model(folder).to(device)
-        optimizer = build_optimizer(model, recipe)
-        checkpoint.load_optimizer(folder, model, optimizer)
-        print(f"resuming   {folder} at step {state['step']}")
-    else:
-        state = {"step": 0, "best": None}
-        model = build_model(recipe, class_names).to(device)
-        optimizer = build_optimizer(model, recipe)
-    model.unet.gradient_checkpointing = recipe.gradient_checkpointing
-    return model, optimizer, state
+    # Dropout: a function of step and process alone.
+    torch.manual_seed((recipe.seed + 1009 * parallel.rank()) * 1_000_003 + step)
+    accumulate, means = parallel.accumulation(recipe.batch, recipe.micro_batch), {}
+    for i in range(accumulate):
+        batch = next(batches)
+        images = batch["image"].to(device, non_blocking=True)
+        target = batch["target"].to(device, non_blocking=True)
+        with parallel.exchange_gradients(loss_of, now=i == accumulate - 1):
+            with autocast(device, dtype):
+                losses = loss_of(images, target)
+            values = parallel.mean({name: value.item() for name, value in losses.items()})
+            if not math.isfinite(sum(values.values())):
+                optimizer.zero_grad()
+                names = sum(parallel.gather(batch["name"]), [])
+                raise FloatingPointError(f"the loss is {sum(values.values())} at step {step}; the "
+                                         f"images: {', '.join(names)}")
+            (sum(losses.values()) / accumulate).backward()
+        for name, value in values.items():
+            means[name] = means.get(name, 0.0) + value / accumulate
+    if recipe.clip:
+        torch.nn.utils.clip_grad_norm_(
+            [p for group in optimizer.param_groups for p in group["params"]], recipe.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": sum(means.values()), **means}
 
 
-def judge(recipe: Recipe, model: MetaPromptModel, val_set, dtype: torch.dtype, done: int,
-          state: dict) -> dict:
+def validate(recipe: Recipe, model: MetaPromptModel, val_set, dtype: torch.dtype, done: int,
+             state: dict) -> dict:
     """Metrics on the validation set; draws pictures, keeps the best model, updates state."""
-    run = Path(recipe.out)
-    protocol = predict.find_protocol(recipe.task, recipe.dataset)
+    run, task = Path(recipe.out), TASKS[recipe.task]
     sheet = run / "pictures" / f"step_{done:06d}.png" if parallel.rank() == 0 else None
-    metrics = evaluation.evaluate(model, val_set, protocol, dtype, workers=recipe.workers,
-                                  sheet=sheet)
-    name, sign = evaluation.MAIN_METRIC[recipe.task]
+    model.eval()
+    metrics = task.evaluate(model, val_set, recipe.protocol, dtype, workers=recipe.workers,
+                            sheet=sheet)
+    model.train()
+    name, sign = task.METRIC
     if state["best"] is None or sign * (metrics[name] - state["best"]) > 0:
         state["best"] = metrics[name]
-        card = checkpoint.model_card(asdict(recipe), metrics, done)
         if parallel.rank() == 0:
-            checkpoint.save_best(run, model, card)
+            checkpoint.save_best(run, model, checkpoint.model_card(to_dict(recipe), metrics, done))
     return metrics
 
 
@@ -382,46 +316,58 @@ class Timed:
         return rates
 
 
-def with_memory(recipe: Recipe, resume: bool, model: MetaPromptModel, train_set, device,
-                dtype) -> Recipe:
-    """The recipe with the micro-batch that --memory allows; says what a big model's step needs."""
-    setting = (model.config, lambda: data.Tolerant(train_set)[0, 0]["image"].shape,
-               lambda model: build_optimizer(model, recipe), device, dtype)
-    if recipe.memory and not resume:                     # a resumed run keeps its micro-batch
-        return memory.fit(recipe, *setting)
-    if sum(p.numel() for p in model.parameters()) > 1e8 and parallel.world() == 1:
-        memory.tell(recipe, *setting)
-    return recipe
+def peak_gb(device: torch.device) -> float:
+    """Peak memory so far in GB: the GPU's, or this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def print_plan(recipe: Recipe, run: Path, model: MetaPromptModel, device, dtype) -> None:
-    """Say what is about to happen."""
-    print("recipe     " + json.dumps(asdict(recipe)))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    every = sum(p.numel() for p in model.parameters()) / 1e6
-    devices = f"{parallel.world()} x {device}" if parallel.world() > 1 else device
-    print(f"model      {every:.1f} M parameters, {trained:.1f} M trained; T = "
-          f"{recipe.refine_steps}, N = {recipe.num_prompts}\ndevice     {devices}, {dtype}, torch "
-          f"{torch.__version__}\nout        {run}", flush=True)
+class Log:
+    """metrics.jsonl: one line per record; on resuming, records after the checkpoint are dropped.
 
+    The first of several processes writes it.
+    """
 
-def main() -> None:
-    """Parse, train, say where the result is."""
-    args = parse(sys.argv[1:], __doc__)
-    with parallel.group():
-        recipe = parallel.first(resolve(args))           # one name for the run's folder
-        if args.ablate and parallel.world() > 1:
-            raise InputError("--ablate: without torchrun, its runs are small")
-        if args.ablate:
-            ablate.ablate(recipe, args.ablate_seeds, args.ablate_variants, train)
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        if parallel.rank() > 0:
             return
-        if parallel.anyone(not args.resume and (Path(recipe.out) / "recipe.json").exists()):
-            raise InputError(f"--out {recipe.out} holds a run already: --resume {recipe.out}, or "
-                             "give another folder")
-        start = time.perf_counter()
-        result = train(recipe, resume=bool(args.resume))
-        report(recipe, result, time.perf_counter() - start)
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
 
+    def write(self, record: dict) -> None:
+        """Append a record."""
+        if parallel.rank() == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+class Stop:
+    """SIGTERM and SIGINT (Ctrl-C) ask training to end after this step; a second one ends it now."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask)
+                       for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def ask(self, number, frame) -> None:
+        """Handle a signal."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("stopping   after this step (again: at once, without saving)")
+
+    def __exit__(self, *error) -> None:
+        """Restore the previous signal handlers."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------
+# The end
 
 def report(recipe: Recipe, result: dict, seconds: float) -> None:
     """Say where the result of `train` is, or how to go on."""

@@ -1,5 +1,7 @@
 """The exceptions that a user can cause, and how every command reports them."""
+import json
 import sys
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -18,6 +20,17 @@ def run_command(command) -> None:
         command()
     except (InputError, FloatingPointError) as error:
         # A data-loader worker wraps the message in its traceback: the last line is ours.
-        message = str(error).strip().splitlines()[-1].removeprefix("ops.errors.InputError: ")
+        message = str(error).strip().splitlines()[-1]
+        message = message.removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, InputError) else 1) from None
+
+
+def read_json(path: str | Path):
+    """What a JSON file holds; InputError naming it if it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, RecursionError, ValueError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None

@@ -2,16 +2,10 @@
 
 OKS is the mean over a person's keypoints of exp(-d^2 / (2 area (2 sigma)^2)): 1 for a perfect pose,
 with a tolerance that grows with the person and depends on the joint.  The evaluation is that of
-pycocotools 2.0.11 (pose spec 7.4); it also adds in the same order, so that ties fall the same way.
+pycocotools 2.0.11; it also adds in the same order, so that ties fall the same way.
 All lengths are pixels; the 51 numbers of a pose are x, y, v of each of COCO's 17 joints in turn.
 """
-import json
-import math
-from pathlib import Path
-
 import numpy as np
-
-from ops.errors import InputError
 
 # Joint by joint, in COCO's order.  Tenths, because .26 / 10 is not .026 to the last bit.
 SIGMAS = np.array([.26, .25, .25, .35, .35, .79, .79, .72, .72, .62, .62,
@@ -67,109 +61,33 @@ def oks_nms(keypoints: np.ndarray, scores: np.ndarray, areas: np.ndarray,
 
 
 # ------------------------------------------------------------------------------------------------
-# Reading and checking
-
-def numbers(entry: dict, field: str, count: int, name: str) -> list:
-    """entry[field], which must be a list of `count` finite numbers (count 0: one bare number).
-
-    InputError begins with `name`, what the entry is called.
-    """
-    found = entry.get(field)
-    values = found if count else [found]
-    try:
-        good = len(values) == (count or 1) and math.isfinite(sum(values))
-    except (TypeError, OverflowError):  # not a list; not numbers; an integer beyond floats
-        good = False
-    if not good:
-        kind = f"a list of {count} finite numbers" if count else "a finite number"
-        size = f" ({len(found)} values)" if isinstance(found, list) else ""
-        raise InputError(f"{name}: {field} is {found!r:.40}{size}, but should be {kind}")
-    return found
-
-
-def check_results(results: list[dict], images: set[int] | None = None) -> bool:
-    """Whether areas are those of the results' boxes; InputError naming the first bad entry.
-
-    Boxes count if the first entry has one, and then every entry needs one (as in pycocotools).
-    `images` are the ids that image_id may have; None: any.
-    """
-    with_box = False
-    for index, entry in enumerate(results):
-        if not isinstance(entry, dict):
-            raise InputError(f"results entry {index} is {entry!r:.40}, but should be an object "
-                             "with image_id, category_id, keypoints, score")
-        image = entry.get("image_id")
-        name = f"results entry {index} (image {image!r:.40})"
-        if not isinstance(image, int) or (images is not None and image not in images):
-            raise InputError(f"{name}: image_id is {image!r:.40}, but should be the id of an "
-                             "image of the annotation file")
-        numbers(entry, "category_id", 0, name)
-        numbers(entry, "keypoints", 51, name)
-        numbers(entry, "score", 0, name)
-        with_box = with_box if index else bool(entry.get("bbox"))
-        if with_box:
-            numbers(entry, "bbox", 4, name)
-    return with_box
-
-
-def read_results(path: str | Path) -> list[dict]:
-    """The entries of a results file: image_id, category_id, keypoints (51 numbers), score.
-
-    InputError if there is no such file, it is no JSON list, or an entry is not of that form.
-    """
-    try:
-        results = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:  # ValueError: neither text nor JSON
-        raise InputError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(results, list):
-        raise InputError(f"{path} holds {type(results).__name__} {results!r:.40}, but should "
-                         "hold a list of results")
-    check_results(results)
-    return results
-
-
-def image_ids(annotations: dict) -> set[int]:
-    """Ids of the images of a parsed annotation file; InputError if it is none."""
-    try:
-        ids = {image["id"] for image in annotations["images"]}
-        good = (all(isinstance(image, int) for image in ids)
-                and all(isinstance(entry, dict) for entry in annotations["annotations"]))
-    except (KeyError, TypeError):
-        good = False
-    if not good:
-        raise InputError("the annotations are not COCO's: they should hold a list 'images' with "
-                         "integer ids and a list 'annotations' of objects")
-    return ids
-
+# COCO's dictionaries as rows
 
 def truth_rows(annotations: dict) -> np.ndarray:
     """The annotated people as rows of TRUTH, by image id, within an image in file order.
 
     A person is ignored in an area range outside of which its area lies, and in all of them if it is
-    a crowd or its num_keypoints is 0.  InputError naming an annotation that lacks something.
+    a crowd or its num_keypoints is 0.
     """
-    images, rows = image_ids(annotations), []
-    for index, entry in enumerate(annotations["annotations"]):
-        name = f"annotation {index} (id {entry.get('id')}, image {entry.get('image_id')})"
-        if (numbers(entry, "category_id", 0, name) != PERSON
-                or numbers(entry, "image_id", 0, name) not in images):
+    images, rows = {image["id"] for image in annotations["images"]}, []
+    for entry in annotations["annotations"]:
+        if entry["category_id"] != PERSON or entry["image_id"] not in images:
             continue
-        area, crowd = numbers(entry, "area", 0, name), bool(entry.get("iscrowd"))
-        nothing = crowd or numbers(entry, "num_keypoints", 0, name) == 0
+        area, crowd = entry["area"], bool(entry.get("iscrowd"))
+        nothing = crowd or entry["num_keypoints"] == 0
         ignored = [nothing or area < low or area > high for low, high in AREAS]
-        rows.append((entry["image_id"], numbers(entry, "keypoints", 51, name),
-                     numbers(entry, "bbox", 4, name), area, crowd, ignored))
+        rows.append((entry["image_id"], entry["keypoints"], entry["bbox"], area, crowd, ignored))
     rows = np.array(rows, TRUTH)
     return rows[np.argsort(rows["image"], kind="stable")]
 
 
-def detection_rows(results: list[dict], images: set[int]) -> np.ndarray:
+def detection_rows(results: list[dict]) -> np.ndarray:
     """The results as rows of DETECTION, by image id, the best 20 of an image, best first.
 
-    Equal scores keep their order in the file.  The area is the box's if the first entry has a box,
-    else that of the keypoints' extent.  InputError as in check_results.
+    Equal scores keep their order.  The area is the box's if the first entry has a box, else that of
+    the keypoints' extent (as in pycocotools).
     """
-    with_box = check_results(results, images)
+    with_box = bool(results) and bool(results[0].get("bbox"))
     rows = np.array([(entry["image_id"], entry["keypoints"], entry["score"],
                       entry["bbox"][2] * entry["bbox"][3] if with_box else 0)
                      for entry in results if entry["category_id"] == PERSON], DETECTION)
@@ -256,7 +174,7 @@ def precision_recall(annotations: dict, results: list[dict]) -> tuple[np.ndarray
     Precision at a recall is the best at that recall or beyond, 0 where it is never reached.
     """
     truth = truth_rows(annotations)
-    detections = detection_rows(results, image_ids(annotations))
+    detections = detection_rows(results)
     order = np.argsort(-detections["score"], kind="stable")
     right, wrong = (np.cumsum(flags[..., order], axis=-1)
                     for flags in match_images(truth, detections))
@@ -277,8 +195,8 @@ def precision_recall(annotations: dict, results: list[dict]) -> tuple[np.ndarray
 def evaluate(annotations: dict, results: list[dict]) -> dict[str, float]:
     """The ten COCO statistics by name (STATS), in 0..1; -1: nobody of that size is annotated.
 
-    `annotations` is a parsed person_keypoints_*.json, `results` what read_results returns; entries
-    of other categories than person don't count.  InputError names the first bad entry.
+    annotations: a COCO keypoint file as sets/coco.py reads it; results: a list of COCO's result
+    dictionaries (image_id, category_id, keypoints, score, bbox?).  Other categories don't count.
     """
     precision, recall = precision_recall(annotations, results)
     every = slice(None)

@@ -46,16 +46,27 @@ def from_dict(kind: type, values: dict, where: str):
 
 def checked(hint, value, where: str):
     """A JSON value as the annotation `hint` wants it; InputError if it is of another type."""
+    if is_dataclass(value) or hint is object:
+        return value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         if is_dataclass(option):
             return from_dict(option, value, where)
         if fits(option, value):
             return tuple(value) if typing.get_origin(option) is tuple else value
-    wanted = " or ".join("null" if option is type(None) else str(getattr(option, "__name__", option))
-                         if typing.get_origin(option) is None else str(option)
-                         for option in options)
-    raise InputError(f"{where} is {value!r:.60}, but should be {wanted}")
+    raise InputError(f"{where} is {value!r:.60}, but should be "
+                     + " or ".join(in_words(option) for option in options))
+
+
+def in_words(kind) -> str:
+    """A plain type or a tuple of one, as a user would say it."""
+    names = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false",
+             type(None): "null"}
+    if typing.get_origin(kind) is not tuple:
+        return names[kind]
+    items = typing.get_args(kind)
+    count = "" if items[-1] is Ellipsis else f"{len(items)} "
+    return f"a list of {count}({names[items[0]]})"
 
 
 def fits(kind, value) -> bool:

@@ -10,7 +10,7 @@ A person's `center` and `scale` (width, height of the padded box) are in pixels 
 
 The rules are those of mmpose 1.x: UDP ("The Devil is in the Details", Huang et al. 2020) for the
 transform and the targets, DARK ("Distribution-Aware Coordinate Representation", Zhang et al. 2020)
-as UDP words it for the decoding. Sections refer to the project's facts on pose.
+as UDP words it for the decoding.
 """
 from statistics import NormalDist
 
@@ -43,7 +43,7 @@ EPSILON = 1.1920929e-7           # of float32; keeps a flat peak's Hessian inver
 def clip_box(box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """COCO's (left, top, width, height) -> (x1, y1, x2, y2) float64 inside an image of `size`.
 
-    Source: mmpose 1.x, the COCO data set (section 1.2): the last column is width - 1.
+    Source: mmpose 1.x, `CocoDataset`: the last column is width - 1.
     """
     box = np.asarray(box, np.float64)
     last = np.array([size[1] - 1, size[0] - 1])
@@ -64,7 +64,7 @@ def fix_aspect(scale: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------
-# Training augmentation: section 3; every draw comes from `rng`, in the order written here
+# Training augmentation: every draw comes from `rng`, in the order written here
 
 def flip_keypoints(keypoints: np.ndarray, width: int) -> np.ndarray:
     """(17, 3) keypoints x, y, v of the mirror image, `width` pixels wide; left joints turn right.
@@ -173,7 +173,7 @@ def heatmap_targets(keypoints: Tensor, crop: tuple[int, int], size: tuple[int, i
     keypoints (B, 17, 3) float32, x, y in pixels of the crop, last column 1 if labelled else 0, on
     any device; sigma in pixels of the heatmap. A blob is cut to 3 sigma around its centre's nearest
     pixel; a joint whose blob misses the map has weight 0 and an empty map. Raises ValueError if
-    3 sigma is no integer. Source: UDP; mmpose 1.x `UDPHeatmap` (section 4).
+    3 sigma is no integer. Source: UDP; mmpose 1.x `UDPHeatmap`.
     """
     if 3 * sigma != int(3 * sigma):                  # the window would be cut off centre
         raise ValueError(f"3 * sigma must be an integer, got sigma {sigma}")
@@ -251,7 +251,7 @@ def decode(heatmaps: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
 
     The highest pixel of each map, whose value is the score, moved by one Newton step on the
     logarithm of the blurred map. A map without a positive value gives (-1, -1). Source: DARK as in
-    UDP; mmpose 1.x `refine_keypoints_dark_udp` (section 6.2).
+    UDP; mmpose 1.x `refine_keypoints_dark_udp`.
     """
     h, w = heatmaps.shape[-2:]
     x, y, score = peaks(heatmaps)

@@ -7,29 +7,76 @@
     mapillary          {training,validation}/images/*.jpg, .../labels/*.png (Vistas 1.2), or
                        .../v1.2/labels/*.png (Vistas 2.0, which holds both versions)
 
-The extra labels' place and names are options (spec["extra_..."]).  Other labels than those above:
+The extra labels' place and names are settings.  Other labels than those above:
 
     released as                                extra_labels                  extra_suffix
     Cityscapes' coarse labels                  gtCoarse/train_extra          _gtCoarse_labelIds.png
     NVIDIA's automatic labels (label ids:      refinement_final/train_extra  _leftImg8bit.png
     extra_label_ids as well)
 """
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data import IGNORE, Classes, SegFiles, class_table, find_root, inverse, list_pairs, \
-    plain_classes
+from sets.ade20k import SegFiles
+from sets.files import (IGNORE, Classes, Cut, class_table, find_root, inverse, list_pairs,
+                        plain_classes)
 
-NAMES = ("cityscapes", "cityscapes-extra", "mapillary")
 Files = tuple[list[tuple[Path, Path]], Classes]  # (image, label) pairs, and how to read the labels
+
+
+@dataclass(frozen=True)
+class Cityscapes:
+    """The finely labelled part: 2,975 training and 500 validation images."""
+
+    data: str | None = None  # folder of leftImg8bit/ and gtFine/
+
+    def classes(self, names: tuple[str, ...] = ()) -> Classes:
+        """The 19."""
+        return cityscapes_classes(label_ids=False)
+
+    def open(self, cut: Cut) -> SegFiles:
+        """The split; InputError if its files are missing."""
+        return SegFiles(*cityscapes_files(find_root(self.data), cut.split), cut)
+
+
+@dataclass(frozen=True)
+class CityscapesExtra(Cityscapes):
+    """Cityscapes with its 19,998 extra images for training."""
+
+    extra_images: str = "leftImg8bit/train_extra"  # folder below --data
+    extra_labels: str = "convert_autolabelled"  # folder below --data; official
+    extra_suffix: str = "_gtFine_labelTrainIds.png"  # of a label, instead of _leftImg8bit.png
+    extra_label_ids: bool = False  # they hold label ids although their names don't say so
+
+    def open(self, cut: Cut) -> SegFiles:
+        """The split; InputError if its files are missing."""
+        fine = super().open(cut)
+        if not cut.training:
+            return fine
+        root = find_root(self.data)
+        extra = city_files(root / self.extra_images, root / self.extra_labels, self.extra_suffix,
+                           self.extra_label_ids)
+        return Joined([fine, SegFiles(*extra, cut)])
+
+
+@dataclass(frozen=True)
+class Mapillary(Cityscapes):
+    """Mapillary Vistas, 66 classes mapped to the 19: 18,000 training, 2,000 validation images."""
+
+    data: str | None = None  # folder of training/ and validation/
+
+    def open(self, cut: Cut) -> SegFiles:
+        """The split; InputError if its files are missing."""
+        return SegFiles(*mapillary_files(find_root(self.data), cut.split), cut)
 
 
 def cityscapes_classes(label_ids: bool) -> Classes:
     """The 19 classes; label files hold train ids 0..18 or label ids 0..33, and 255 = ignored.
 
-    The 15 label ids that are not evaluated become 255.  Label ids are exported (spec A.6).
+    The 15 label ids that are not evaluated become 255.  Label ids are exported, as the benchmark's
+    server wants them.
     """
     table = class_table("cityscapes")
     classes = plain_classes(tuple(table["names"]), tuple(map(tuple, table["palette"])))
@@ -45,7 +92,7 @@ def cityscapes_classes(label_ids: bool) -> Classes:
 def mapillary_classes() -> Classes:
     """The 19 classes; files hold the ids 0..65 of Vistas 1.2, or more (official: mapillary_v1.py).
 
-    DEVIATION: ids above 65 are ignored; the official code makes them road (decisions 18).
+    DEVIATION: ids above 65 are ignored; the official code makes them road.
     """
     table = class_table("mapillary")
     lut = np.full(256, IGNORE, np.uint8)
@@ -59,7 +106,7 @@ def city_files(images: Path, labels: Path, suffix: str, label_ids: bool = False)
     """Files of one Cityscapes folder; `suffix` replaces _leftImg8bit.png in a label's name.
 
     labelTrainIds files are not released, cityscapesScripts makes them.  Where there is none the
-    released labelIds files are read, which gives the same labels (spec A.6).
+    released labelIds files are read, which gives the same labels.
     """
     if not any(labels.rglob(f"*{suffix}")):
         suffix = suffix.replace("labelTrainIds", "labelIds")
@@ -88,10 +135,8 @@ class Joined(SegFiles):
     """
 
     def __init__(self, parts: list[SegFiles]):
-        first = parts[0]
-        super().__init__([pair for part in parts for pair in part.pairs], first.classes,
-                         training=first.training, crop=first.crop, scale=first.scale,
-                         seed=first.seed)
+        super().__init__([pair for part in parts for pair in part.pairs], parts[0].classes,
+                         parts[0].cut)
         self.parts = parts
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,18 +146,3 @@ class Joined(SegFiles):
                 return part.load(index)
             index -= len(part)
         raise IndexError(index)
-
-
-def open_dataset(spec: dict, split: str, scale: tuple[int, int] | None) -> SegFiles:
-    """The set that `spec`, a recipe as a dict, names, for "train" or "val"; `scale`: see SegFiles.
-
-    Raises InputError if files or folders aren't there.
-    """
-    name, root = spec["dataset"], find_root(spec["data"], spec["dataset"])
-    sources = [(mapillary_files if name == "mapillary" else cityscapes_files)(root, split)]
-    if name == "cityscapes-extra" and split == "train":
-        sources.append(city_files(root / spec["extra_images"], root / spec["extra_labels"],
-                                  spec["extra_suffix"], spec["extra_label_ids"]))
-    sets = [SegFiles(pairs, classes, training=split == "train", crop=spec["crop"], scale=scale,
-                     seed=spec["seed"]) for pairs, classes in sources]
-    return sets[0] if len(sets) == 1 else Joined(sets)

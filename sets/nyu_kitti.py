@@ -1,4 +1,4 @@
-"""Depth data sets: NYU v2 and KITTI (Eigen split) as released, and your own folder.
+"""Depth maps on files: NYU v2 and KITTI (Eigen split) as released, and your own folder.
 
     nyu      DATA/sync/SCENE/{rgb_*.jpg,sync_depth_*.png}, DATA/official_splits/test/...; in mm
     kitti    DATA/raw_data/DATE/DRIVE/image_02/data/*.png, DATA/data_depth_annotated/...; 1/256 m
@@ -6,47 +6,90 @@
 
 List files are the community's: "<rgb> <depth>" per line, each with or without a leading slash,
 relative to the root; further columns (focal lengths) and lines without depth ("None") are skipped.
-
-A sample: "image" (3, H, W) float32 RGB in [0, 1], "target" (H, W) float32 metres with 0 = unknown,
-"name".
 """
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 
 from ops import augment
-from data import CHECKED_FILES, UNREADABLE, find_root, list_pairs, load_image, to_sample
 from ops.errors import InputError
+from sets.files import (Cut, checked_indices, find_root, list_pairs, load_depth, load_image,
+                        same_size, to_sample)
 
 KITTI_SIZE = (352, 1216)  # of the benchmark's crop
+Pairs = list[tuple[Path, Path]]  # (rgb, depth) files
 
 
-def load_depth(path: Path) -> np.ndarray:
-    """A 16-bit depth PNG as (H, W) float32 of the values it holds; InputError naming a bad file."""
-    try:
-        with Image.open(path) as image:
-            depth = np.array(image)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except UNREADABLE as error:
-        raise InputError(f"{path} cannot be decoded ({error}): replace or remove it") from None
-    if depth.ndim != 2 or depth.dtype == np.uint8:
-        raise InputError(f"{path} is {depth.dtype} of shape {depth.shape}: a depth map is a "
-                         "single-channel 16-bit PNG")
-    return depth.astype(np.float32)
+@dataclass(frozen=True)
+class DepthFolder:
+    """Your own images and 16-bit depth maps."""
+
+    data: str | None = None  # folder of images/ and depths/
+    depth_scale: float = 1000.0  # PNG units per metre
+
+    def open(self, cut: Cut) -> "DepthFiles":
+        """The split; InputError if its files are missing."""
+        root = find_root(self.data)
+        pairs = list_pairs(root / "images" / cut.split, root / "depths" / cut.split)
+        return DepthFiles(pairs, cut, self.depth_scale)
+
+
+@dataclass(frozen=True)
+class Nyu:
+    """NYU v2: 24,231 training images of the BTS project's sync.zip, 654 test images."""
+
+    data: str | None = None  # folder of sync/ and official_splits/
+    train_list: str | None = None  # text file of '<rgb> <depth>' lines, below sync/
+    val_list: str | None = None  # the same, below official_splits/test/
+
+    def open(self, cut: Cut) -> "DepthFiles":
+        """The split; InputError if lists or files are missing or share a scene."""
+        root = find_root(self.data)
+        places = {"train": root / "sync", "val": root / "official_splits" / "test"}
+        return DepthFiles(listed(cut.split, places, self.train_list, self.val_list), cut, 1000.0)
+
+
+@dataclass(frozen=True)
+class Kitti:
+    """KITTI's Eigen split: 23,158 training and 652 test images."""
+
+    data: str | None = None  # folder of raw_data/ and data_depth_annotated/
+    train_list: str | None = None  # text file of '<rgb> <depth>' lines, below --data
+    val_list: str | None = None  # the same
+
+    def open(self, cut: Cut) -> "DepthFiles":
+        """The split; InputError if lists or files are missing or share a drive."""
+        root = find_root(self.data)
+        pairs = listed(cut.split, {"train": root, "val": root}, self.train_list, self.val_list)
+        return DepthFiles(pairs, cut, 256.0, kitti=True)
+
+
+def listed(split: str, roots: dict[str, Path], train_list: str | None,
+           val_list: str | None) -> Pairs:
+    """The pairs that a split's list names; InputError if one is missing or is in both lists."""
+    lists, other = {"train": train_list, "val": val_list}, {"train": "val", "val": "train"}[split]
+    pairs = read_list(lists[split], roots[split], f"--{split}-list")
+    if lists[other]:
+        check_leakage(pairs, read_list(lists[other], roots[other], f"--{other}-list"))
+    missing = [path for pair in pairs for path in pair if not path.is_file()]
+    if missing:
+        raise InputError(f"{missing[0]} does not exist ({len(missing)} of {2 * len(pairs)} files "
+                         "of the list are missing)")
+    return pairs
 
 
 def kitti_crop(array: np.ndarray) -> np.ndarray:
-    """The benchmark's crop of an image or depth map: 352 x 1216, bottom, centred (spec B.5)."""
+    """The benchmark's crop of an image or depth map: 352 x 1216, bottom, centred
+    (official: depth/dataset/kitti.py)."""
     height, width = array.shape[:2]
     top, left = height - KITTI_SIZE[0], (width - KITTI_SIZE[1]) // 2
     return array[top:top + KITTI_SIZE[0], left:left + KITTI_SIZE[1]]
 
 
-def read_list(path: str | None, root: Path, flag: str) -> list[tuple[Path, Path]]:
+def read_list(path: str | None, root: Path, flag: str) -> Pairs:
     """(rgb, depth) paths of a list file; InputError if it is missing, broken or names no pair."""
     if path is None:
         raise InputError(f"{flag} is missing: a text file of '<rgb> <depth>' lines, relative to "
@@ -74,7 +117,7 @@ def recording(path: Path) -> str:
     return drives[0] if drives else path.parent.name
 
 
-def check_leakage(train: list[tuple[Path, Path]], val: list[tuple[Path, Path]]) -> None:
+def check_leakage(train: Pairs, val: Pairs) -> None:
     """InputError if a drive or scene is in both lists."""
     shared = {recording(rgb) for rgb, _ in train} & {recording(rgb) for rgb, _ in val}
     if shared:
@@ -83,15 +126,13 @@ def check_leakage(train: list[tuple[Path, Path]], val: list[tuple[Path, Path]]) 
 
 
 class DepthFiles(Dataset):
-    """RGB images and 16-bit depth PNGs.  Training: the official chain (spec B.3).
+    """RGB images and 16-bit depth PNGs.  Training: the official chain, ops/augment.py.
 
-    `units` per metre in the PNG; `crop` = (height, width) in training; `kitti` cuts to 352 x 1216.
+    `units` per metre in the PNG; `kitti` cuts to 352 x 1216.
     """
 
-    def __init__(self, pairs: list[tuple[Path, Path]], *, training: bool, crop: tuple[int, int],
-                 units: float, kitti: bool = False, seed: int = 0):
-        self.pairs, self.training, self.crop = pairs, training, crop
-        self.units, self.kitti, self.seed = units, kitti, seed
+    def __init__(self, pairs: Pairs, cut: Cut, units: float, kitti: bool = False):
+        self.pairs, self.cut, self.units, self.kitti = pairs, cut, units, kitti
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -104,10 +145,8 @@ class DepthFiles(Dataset):
         """(image uint8 RGB, raw depth float32 in the file's units), cropped on KITTI."""
         image_path, depth_path = self.pairs[index]
         image, depth = load_image(image_path), load_depth(depth_path)
-        if image.shape[:2] != depth.shape:
-            raise InputError(f"{depth_path} is {depth.shape[1]}x{depth.shape[0]}, its image "
-                             f"{image.shape[1]}x{image.shape[0]}")
-        smallest = KITTI_SIZE if self.kitti else (self.crop if self.training else (1, 1))
+        same_size(image, depth, depth_path)
+        smallest = KITTI_SIZE if self.kitti else (self.cut.crop if self.cut.training else (1, 1))
         if image.shape[0] < smallest[0] or image.shape[1] < smallest[1]:
             raise InputError(f"{image_path} is {image.shape[1]}x{image.shape[0]}: at least "
                              f"{smallest[1]}x{smallest[0]} is needed")
@@ -117,50 +156,22 @@ class DepthFiles(Dataset):
         """Sample of key = (epoch, index)."""
         epoch, index = key
         image, depth = self.load(index)
-        if self.training:
-            rng = np.random.default_rng([self.seed, epoch, index])
-            image, depth = augment.depth_augmentation(image, depth, self.crop, rng)
+        if self.cut.training:
+            rng = np.random.default_rng([self.cut.seed, epoch, index])
+            image, depth = augment.depth_augmentation(image, depth, self.cut.crop, rng)
         return to_sample(image, depth / self.units, self.name(index))
 
     def check(self) -> str:
         """Open some pairs, evenly spread; InputError on the first bad one.  Returns a summary."""
-        step = max(1, len(self) // CHECKED_FILES)
-        valid, nearest, farthest = 0.0, np.inf, 0.0
-        for index in range(0, len(self), step):
+        valid, nearest, farthest, chosen = 0.0, np.inf, 0.0, checked_indices(len(self))
+        for index in chosen:
             depth = self.load(index)[1] / self.units
             known = depth[depth > 0]
             valid += known.size / depth.size
             if known.size:
                 nearest, farthest = min(nearest, known.min()), max(farthest, known.max())
-        checked = len(range(0, len(self), step))
         if farthest == 0:
-            raise InputError(f"no depth in the {checked} maps checked, such as {self.pairs[0][1]}: "
-                             "0 means unknown")
-        return (f"{len(self)} images; {checked} checked: depth {nearest:.2f} to {farthest:.2f} m, "
-                f"known at {100 * valid / checked:.0f} % of the pixels")
-
-
-def open_dataset(spec: dict, split: str) -> DepthFiles:
-    """The depth set that `spec`, a recipe as a dict, names, for "train" or "val".
-
-    Raises InputError if files or lists aren't there, or a drive or scene is in both lists.
-    """
-    name, root = spec["dataset"], find_root(spec["data"], spec["dataset"])
-    if name == "folder":
-        pairs, units = list_pairs(root / "images" / split, root / "depths" / split), \
-            spec["depth_scale"]
-    else:
-        roots = {"train": root, "val": root}
-        if name == "nyu":
-            roots = {"train": root / "sync", "val": root / "official_splits" / "test"}
-        pairs = read_list(spec[f"{split}_list"], roots[split], f"--{split}-list")
-        other = "val" if split == "train" else "train"
-        if spec[f"{other}_list"]:
-            check_leakage(pairs, read_list(spec[f"{other}_list"], roots[other], f"--{other}-list"))
-        units = 1000.0 if name == "nyu" else 256.0
-    missing = [path for pair in pairs for path in pair if not path.is_file()]
-    if missing:
-        raise InputError(f"{missing[0]} does not exist ({len(missing)} of {2 * len(pairs)} files "
-                         "of the list are missing)")
-    return DepthFiles(pairs, training=split == "train", crop=(spec["crop"], spec["crop"]),
-                      units=units, kitti=name == "kitti", seed=spec["seed"])
+            raise InputError(f"no depth in the {len(chosen)} maps checked, such as "
+                             f"{self.pairs[0][1]}: 0 means unknown")
+        return (f"{len(self)} images; {len(chosen)} checked: depth {nearest:.2f} to "
+                f"{farthest:.2f} m, known at {100 * valid / len(chosen):.0f} % of the pixels")

@@ -1,30 +1,33 @@
 """The paper's ablations (Table 5) in one command: every variant with several seeds, one table.
 
-    python train.py --task seg --ablate                    embedded scenes, 9 variants x 3 seeds
-    python train.py --task depth --ablate --iterations 60 --ablate-seeds 2
-    python train.py --task seg --ablate --ablate-variants no-rearrangement static-timestep
+    python -m tools.ablate --task seg                    embedded scenes, 10 variants x 3 seeds
+    python -m tools.ablate --task depth --iterations 60 --seeds 2
+    python -m tools.ablate --task seg --variants no-rearrangement static-timestep
 
-Each run is an ordinary one in RUN/ablation/VARIANT-seedK, with its output in log.txt.  The same
-command goes on where it was stopped: finished runs are skipped, unfinished ones resumed.
-What counts is the metric after the last step, not the best one seen on the way.
-Writes RUN/ablation/ablation.{json,md,png} after every run.
+Takes train.py's flags, too.  Each run is an ordinary one in OUT/VARIANT-seedK, its output in
+log.txt.  The same command goes on where it was stopped: finished runs are skipped, unfinished ones
+resumed.  What counts is the metric after the last step, not the best one seen on the way.
+Writes OUT/ablation.{json,md,png} after every run.
 """
 import json
-import math
 import statistics
+import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub.utils import tqdm
-from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 from torch import Tensor
 
-import eval as evaluation
-from ops.errors import InputError
-from tasks.recipes import Recipe, check, read_recipe
+from ops import draw, parallel
+from ops.errors import InputError, run_command
+from ops.settings import leaves
+from tasks import TASKS
+from tasks.flags import Parser, finish, resolve, with_flags
+from tasks.recipes import Recipe, read_recipe
+from train import train
 
 PROMPTS = "prompts.safetensors"  # in the folder of a run with fixed prompts
 
@@ -35,7 +38,7 @@ class Variant:
 
     name: str  # of its folders
     text: str
-    changes: dict  # fields of Recipe
+    changes: dict  # flags
     paper: tuple[str, str] = ("-", "-")  # Cityscapes mIoU in %, NYU RMSE in m
     note: str = ""
 
@@ -64,6 +67,22 @@ VARIANTS = (
 TINY_NOTE = ("The backbone is a tiny one from random weights and its encoder is trained, too: what "
              "is shown need not hold on Stable Diffusion, and can disagree with the paper.")
 FREE = ("out", "prompts", "device", "workers")  # may change between calls: places, not settings
+FROM_DATA = ("class_names", "num_classes")  # known when the data set has been opened
+
+
+def main() -> None:
+    """Run what is missing, seed by seed; write and print the table."""
+    own = Parser("")
+    own.add_argument("--seeds", type=int, default=3)
+    own.add_argument("--variants", nargs="+")
+    args, rest = own.parse_known_args(sys.argv[1:])
+    base, resumed = resolve(rest, __doc__)
+    if resumed or base.prompts or base.init_from or parallel.world() > 1:
+        raise InputError("an ablation starts anew, has prompts of its own and is one process: "
+                         "leave out --resume, --prompts, --init-from and torchrun")
+    if "--out" not in rest:                              # goes on where it was stopped
+        base = replace(base, out=f"runs/ablation-{base.task}-{base.dataset}")
+    ablate(base, args.seeds, args.variants)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -71,31 +90,35 @@ FREE = ("out", "prompts", "device", "workers")  # may change between calls: plac
 
 def choose(base: Recipe, names: list[str] | None) -> list[Variant]:
     """The baseline and what differs from it, or those of `names`; InputError for an unknown one."""
-    known = [v for v in VARIANTS if not v.changes or replace(base, **v.changes) != base]
+    known = [v for v in VARIANTS if not v.changes or with_flags(base, v.changes) != base]
     unknown = sorted({*(names or ())} - {v.name for v in known})
     if unknown:
-        raise InputError(f"--ablate-variants {unknown[0]}: choose from "
+        raise InputError(f"--variants {unknown[0]}: choose from "
                          f"{', '.join(v.name for v in known)}")
     return [v for v in known if names is None or v.name in names or not v.changes]
 
 
 def run_recipe(base: Recipe, variant: Variant, seed: int) -> Recipe:
-    """The recipe of one run; InputError if it cannot work or its folder holds another one."""
-    folder = Path(base.out) / "ablation" / f"{variant.name}-seed{seed}"
-    recipe = replace(base, **variant.changes, seed=seed, out=str(folder))
+    """The recipe of one run, its prompts written; InputError if it cannot work or its folder holds
+    another one.
+    """
+    folder = Path(base.out) / f"{variant.name}-seed{seed}"
+    recipe = replace(with_flags(base, variant.changes), seed=seed, out=str(folder))
     if recipe.prompts:
+        N, D = recipe.model.num_prompts, recipe.model.unet.context_dim
+        if N > D:
+            raise InputError(f"--num-prompts {N}: {variant.name} has orthogonal ones, at most "
+                             f"--unet-context-dim {D}")
         recipe = replace(recipe, prompts=str(folder / PROMPTS))
-        if recipe.num_prompts > recipe.context_dim:
-            raise InputError(f"--num-prompts {recipe.num_prompts}: {variant.name} has orthogonal "
-                             f"ones, at most --context-dim {recipe.context_dim}")
-    check(recipe)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"prompts": orthogonal_prompts(N, D, seed)}, recipe.prompts)
+    recipe = finish(recipe, variant.changes)
     if (folder / "recipe.json").is_file():
-        old = read_recipe(folder / "recipe.json")
-        for name in (f.name for f in fields(Recipe) if f.name not in FREE):
-            if getattr(old, name) != getattr(recipe, name):
-                raise InputError(f"{folder}/recipe.json has {name} {getattr(old, name)}, this "
-                                 f"command {getattr(recipe, name)}: give the same flags, or "
-                                 "another --out")
+        old, new = leaves(read_recipe(folder / "recipe.json")), leaves(recipe)
+        for path in new:
+            if path[-1] not in (*FREE, *FROM_DATA) and old[path] != new[path]:
+                raise InputError(f"{folder}/recipe.json has {path[-1]} {old[path]}, this command "
+                                 f"{new[path]}: give the same flags, or another --out")
     return recipe
 
 
@@ -107,20 +130,17 @@ def orthogonal_prompts(count: int, dim: int, seed: int) -> Tensor:
 
 def final_metric(recipe: Recipe) -> float | None:
     """The main metric after the run's last step; None if the run has not got there."""
-    path, name = Path(recipe.out) / "metrics.jsonl", evaluation.MAIN_METRIC[recipe.task][0]
+    path, name = Path(recipe.out) / "metrics.jsonl", TASKS[recipe.task].METRIC[0]
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     found = [r[name] for r in records if r["step"] == recipe.iterations and name in r]
     return found[-1] if found else None
 
 
-def finish(recipe: Recipe, train) -> float | None:
+def run_one(recipe: Recipe) -> float | None:
     """Start or resume one run, its output in log.txt; returns its metric, None if it diverged."""
     folder = Path(recipe.out)
     folder.mkdir(parents=True, exist_ok=True)
-    if recipe.prompts:
-        prompts = orthogonal_prompts(recipe.num_prompts, recipe.context_dim, recipe.seed)
-        save_file({"prompts": prompts}, recipe.prompts)
     saved = any((folder / last / "state.json").is_file() for last in ("last", "last.previous"))
     with (folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log):
         try:
@@ -131,22 +151,18 @@ def finish(recipe: Recipe, train) -> float | None:
     return final_metric(recipe)
 
 
-def ablate(base: Recipe, seeds: int | None, names: list[str] | None, train) -> None:
-    """Run what is missing (`train`: train.train), seed by seed; write and print the table.
+def ablate(base: Recipe, seeds: int, names: list[str] | None) -> None:
+    """Run what is missing, seed by seed; write and print the table.
 
     A run that diverges has no value; called again, it is tried again.
     """
-    seeds = 3 if seeds is None else seeds
     if seeds < 1:
-        raise InputError(f"--ablate-seeds {seeds}: at least 1")
-    if base.prompts or base.init_from:
-        raise InputError("--ablate has its own --prompts and starts anew: leave out --prompts and "
-                         "--init-from")
+        raise InputError(f"--seeds {seeds}: at least 1")
     variants, numbers = choose(base, names), range(base.seed, base.seed + seeds)
     jobs = {(v.name, seed): run_recipe(base, v, seed) for seed in numbers for v in variants}
     done = {key: final_metric(recipe) for key, recipe in jobs.items()}
     results = {key: value for key, value in done.items() if value is not None}
-    root, metric = Path(base.out) / "ablation", evaluation.MAIN_METRIC[base.task][0]
+    root, metric = Path(base.out), TASKS[base.task].METRIC[0]
     print(f"ablation   {len(jobs)} runs of {base.iterations} steps ({len(variants)} variants, "
           f"{seeds} seeds), {len(results)} of them finished\nout        {root}", flush=True)
     with tqdm(total=len(jobs), initial=len(results), desc="ablation", unit="run",
@@ -154,7 +170,7 @@ def ablate(base: Recipe, seeds: int | None, names: list[str] | None, train) -> N
         for key in [key for key in jobs if key not in results]:
             name = f"{key[0]}-seed{key[1]}"
             bar.set_postfix_str(name)
-            results[key] = finish(jobs[key], train)
+            results[key] = run_one(jobs[key])
             bar.update()
             bar.write(f"{name}: " + ("diverged, see its log.txt" if results[key] is None else
                                      f"{metric} {results[key]:.4f}"))
@@ -174,7 +190,7 @@ def summarise(base: Recipe, variants: list[Variant], seeds: range, results: dict
 
     results: (variant name, seed) -> metric, None for a run that diverged, no key for one to come.
     """
-    metric, sign = evaluation.MAIN_METRIC[base.task]
+    metric, sign = TASKS[base.task].METRIC
     of_baseline = {seed: results.get((variants[0].name, seed)) for seed in seeds}
     rows = []
     for v in variants:
@@ -191,8 +207,8 @@ def summarise(base: Recipe, variants: list[Variant], seeds: range, results: dict
             "paper": {"seg": v.paper[0], "depth": v.paper[1]}.get(base.task, "-")})
     return {"task": base.task, "dataset": base.dataset, "backbone": base.backbone,
             "metric": metric, "better": "higher" if sign > 0 else "lower",
-            "iterations": base.iterations, "num_prompts": base.num_prompts,
-            "refine_steps": base.refine_steps, "seeds": list(seeds), "rows": rows,
+            "iterations": base.iterations, "num_prompts": base.model.num_prompts,
+            "refine_steps": base.model.refine_steps, "seeds": list(seeds), "rows": rows,
             "notes": [v.note for v in variants if v.note]
                      + ([TINY_NOTE] if base.backbone == "tiny" else [])}
 
@@ -239,77 +255,11 @@ def write(root: Path, report: dict) -> None:
         [f"Ablation, {title(report)}.", "", *lines, "",
          "std: standard deviation over the seeds; a difference below it says little.", "", *notes])
         + "\n", encoding="utf-8")
-    draw(root / "ablation.png", report)
+    values = [[v for v in row["values"].values() if v is not None] for row in report["rows"]]
+    draw.save_table(root / "ablation.png", title(report), cells(report), values,
+                    ["bars: mean, whiskers: standard deviation over seeds, dots: single seeds",
+                     *report["notes"]])
 
 
-# ------------------------------------------------------------------------------------------------
-# The picture
-
-ROW, GAP, MARGIN, BAR = 30, 22, 16, 420  # pixels: heights and widths of the table's parts
-TEXT, FAINT, BASE, OTHER, LIGHT = (20, 20, 30), (120, 120, 130), (40, 70, 120), (120, 160, 210), \
-    (244, 245, 248)
-
-
-def draw(path: Path, report: dict) -> None:
-    """Write the table with a bar per row: mean, standard deviation as whisker, seeds as dots."""
-    font, small = ImageFont.load_default(16), ImageFont.load_default(13)
-    table = cells(report)
-    widths = [int(max(font.getlength(row[i]) for row in table)) for i in range(len(table[0]))]
-    left = MARGIN + sum(widths) + GAP * len(widths)      # where the bars begin
-    top, size = MARGIN + ROW, ROW * len(table)
-    notes = ["bars: mean, whiskers: standard deviation over seeds, dots: single seeds",
-             *report["notes"]]
-    image = Image.new("RGB", (left + BAR + MARGIN, top + size + 40 + 20 * len(notes)), "white")
-    pen = ImageDraw.Draw(image)
-    pen.text((MARGIN, MARGIN - 4), title(report), fill=TEXT, font=ImageFont.load_default(18))
-    for i, row in enumerate(table):
-        y = top + i * ROW
-        if i % 2:
-            pen.rectangle((MARGIN - 6, y, image.width - MARGIN, y + ROW - 1), fill=LIGHT)
-        x = MARGIN
-        for column, (cell, width) in enumerate(zip(row, widths)):
-            shift = 0 if column < 2 else width - font.getlength(cell)
-            pen.text((x + shift, y + 6), cell, fill=TEXT if i else FAINT, font=font)
-            x += width + GAP
-    draw_bars(pen, report, left, top + ROW, small)
-    for i, note in enumerate(notes):
-        pen.text((MARGIN, top + size + 34 + 20 * i), note, fill=FAINT, font=small)
-    image.save(path)
-
-
-def draw_bars(pen: ImageDraw.ImageDraw, report: dict, left: int, top: int, font) -> None:
-    """Bars from 0 at (left, top) and an axis below them; the baseline's mean is a line."""
-    rows = report["rows"]
-    values = [v for row in rows for v in row["values"].values() if v is not None]
-    ends = [(row["mean"] or 0) + (row["std"] or 0) for row in rows]
-    high = max([*values, *ends, 1e-9]) * 1.05
-    bottom = top + ROW * len(rows)
-
-    def at(value: float) -> float:
-        return left + BAR * min(max(value / high, 0), 1)
-
-    for row, y in zip(rows, range(top + ROW // 2, bottom, ROW)):
-        if row["mean"] is not None:
-            pen.rectangle((left, y - 9, at(row["mean"]), y + 9),
-                          fill=OTHER if row["changes"] else BASE)
-        for value in (v for v in row["values"].values() if v is not None):
-            pen.ellipse((at(value) - 3, y - 7, at(value) + 3, y - 1), fill="white", outline=TEXT)
-        if row["std"] is not None:
-            ends = at(row["mean"] - row["std"]), at(row["mean"] + row["std"])
-            for box in ((ends[0], y + 4, ends[1], y + 4), *((x, y + 1, x, y + 7) for x in ends)):
-                pen.line(box, fill="white", width=4)     # a rim, visible on dark bars
-                pen.line(box, fill=TEXT, width=2)
-    if rows[0]["mean"] is not None:
-        pen.line((at(rows[0]["mean"]), top, at(rows[0]["mean"]), bottom), fill=BASE)
-    pen.line((left, bottom, left + BAR, bottom), fill=FAINT)
-    for value in ticks(high):
-        pen.line((at(value), bottom, at(value), bottom + 4), fill=FAINT)
-        x = at(value) - font.getlength(f"{value:g}") / 2
-        pen.text((x, bottom + 6), f"{value:g}", fill=FAINT, font=font)
-
-
-def ticks(high: float) -> list[float]:
-    """Round numbers from 0 to `high`, three to six of them."""
-    power = 10.0 ** math.floor(math.log10(high))
-    step = next(s * power for s in (0.1, 0.2, 0.5, 1, 2) if high / (s * power) < 6)
-    return [round(i * step, 12) for i in range(int(high / step) + 1)]
+if __name__ == "__main__":
+    run_command(main)

@@ -1,7 +1,7 @@
 """What the meta prompts respond to: their maps laid over pictures (paper, section 5 and B.1).
 
-    python eval.py --checkpoint RUN --image FOLDER --heatmaps            the 6 that say most
-    python eval.py --checkpoint RUN --image FOLDER --heatmaps 3,17,40    these
+    python -m tools.heatmaps --checkpoint RUN --image FOLDER                     the 6 that say most
+    python -m tools.heatmaps --checkpoint RUN --image FOLDER --prompts 3,17,40   these
 
 NAME_heatmaps.png: a picture and each prompt's map on it, its lowest value blue, its highest red.
 prompts.png: a row per prompt, up to 8 pictures side by side, one range of values per row, so that
@@ -11,22 +11,53 @@ The maps are those that the head reads, after the rearrangement of the last pass
 picture at once: no windows, no mirror image.  Segmentation has four per prompt; drawn is the
 finest, of stride 4.  For pose the picture is the crop of the box with the highest score.
 """
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
-from PIL import Image, ImageDraw
-from torch import Tensor
 
-from ops.errors import InputError
-from model import Config, MetaPromptModel, rearrange
-from ops.draw import TEXT_HEIGHT, blend_heat, colour_heat, fit
-from predict import autocast, device_of, to_batch
+import eval as evaluation
+from model import Config, MetaPromptModel
+from ops import draw
+from ops.device import autocast, cast_weights, device_of, pick_device, pick_precision, to_batch
+from ops.errors import InputError, run_command
+from sets.files import load_image
+from tasks import TASKS
+from tasks.flags import Parser
 
 PROMPTS = 6  # drawn unless said otherwise
 COLUMNS = 8  # pictures side by side in prompts.png
 CELL = 240  # side of the square, in pixels, that a picture in a sheet fits into
+
+
+def main() -> None:
+    """Load, choose the prompts, draw."""
+    own = Parser(__doc__)
+    own.add_argument("--prompts", metavar="K|I,J,...", default="some",
+                     help="maps of the K prompts that say most (6), or of these")
+    own.add_argument("--checkpoint", required=True, help="run folder of train.py, or a saved model")
+    own.add_argument("--image", required=True, metavar="FILE|FOLDER", help="your own pictures")
+    own.add_argument("--out", help="folder for the sheets; default: RUN/predictions")
+    chosen, rest = own.parse_known_args()
+    flags = ["--checkpoint", chosen.checkpoint, "--image", chosen.image, *rest]
+    args, recipe, model, source = evaluation.load([*flags, *(["--out", chosen.out]
+                                                             if chosen.out else [])])
+    wanted = parse(chosen.prompts, model.config)         # refused before any prediction
+    device = pick_device(args.device)
+    dtype = pick_precision(args.precision or "auto", device)
+    cast_weights(model, dtype)
+    out = evaluation.default_out(args, recipe, source)
+    task, (root, files) = TASKS[recipe.task], evaluation.find_images(args.image, out)
+    ready = task.prepare(recipe, args.boxes)
+
+    def picture(i: int) -> np.ndarray:
+        return task.view(load_image(root / files[i]), files[i], recipe, ready)
+
+    drawn = draw_all(model.to(device).eval(), evaluation.output_names(files), picture, out, wanted,
+                     dtype)
+    print(f"prompts    {', '.join(map(str, drawn))}\nwrote {out}/: *_heatmaps.png, prompts.png")
 
 
 def parse(text: str, config: Config) -> int | list[int]:
@@ -34,44 +65,29 @@ def parse(text: str, config: Config) -> int | list[int]:
     -> which ones; InputError if impossible.
     """
     if not config.rearrange:
-        raise InputError("--heatmaps: this model was trained without the rearrangement, it has no "
-                         "map per prompt")
+        raise InputError("this model was trained without the rearrangement, it has no map per "
+                         "prompt")
     if text == "some":
         return min(PROMPTS, config.num_prompts)
     numbers = [part.strip() for part in text.split(",") if part.strip()]
-    if not numbers or not all(part.isdecimal() for part in numbers):
-        raise InputError(f"--heatmaps {text}: how many prompts (6), or which ones (3,17,40)")
+    if not numbers or not all(part.isdecimal() and len(part) < 9 for part in numbers):
+        raise InputError(f"--prompts {text:.40}: how many prompts (6), or which ones (3,17,40)")
     values, N = [int(part) for part in numbers], config.num_prompts
     if "," in text:
         if max(values) >= N:
-            raise InputError(f"--heatmaps {text}: the model has the prompts 0 to {N - 1}")
+            raise InputError(f"--prompts {text}: the model has the prompts 0 to {N - 1}")
         return values
     if not 1 <= values[0] <= N:
-        raise InputError(f"--heatmaps {text}: the model has {N} prompts")
+        raise InputError(f"--prompts {text}: the model has {N} prompts")
     return values[0]
 
 
 @torch.inference_mode()
-def response_maps(model: MetaPromptModel, images: Tensor) -> list[Tensor]:
-    """What the head reads: M x (B, N, h, w), finest first, of images (B, 3, H, W) in [0, 1].
-
-    The lines of MetaPromptModel.forward up to the head.
-    """
-    latents = model.encode(images)
-    for step in range(model.config.refine_steps):
-        if step > 0:
-            latents = model.unet.to_latents(features[0])
-        prompts = model.context(step)
-        features = model.unet(latents, model.timestep(step), prompts)
-    maps = model.neck(features)
-    return [rearrange(m, prompts) for m in maps] if model.config.rearrange else maps
-
-
 def picture_maps(model: MetaPromptModel, picture: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """The finest maps (N, h, w) float32 of a picture (H, W, 3) uint8."""
     images = to_batch(picture, device_of(model))
     with autocast(images.device, dtype):
-        maps = response_maps(model, images)[0]
+        maps = model.responses(images)[0]
     return maps[0].float().cpu().numpy()
 
 
@@ -107,33 +123,10 @@ def choose(squared_means: np.ndarray, covariance: np.ndarray, count: int) -> lis
 # ------------------------------------------------------------------------------------------------
 # Drawing
 
-def lay_heat(picture: np.ndarray, values: np.ndarray, low: float, high: float,
-             weight: float = 0.5) -> np.ndarray:
-    """(h, w) values laid over an (H, W, 3) uint8 picture, `low` and below blue, `high` red."""
-    heat = ((values - low) / max(high - low, 1e-6)).clip(0, 1).astype(np.float32)
-    heat = np.asarray(Image.fromarray(heat).resize(picture.shape[1::-1], Image.BILINEAR))
-    return (picture * (1 - weight) + colour_heat(heat) * weight).astype(np.uint8)
-
-
 def into_cell(picture: np.ndarray) -> np.ndarray:
     """A picture enlarged or reduced to just fit into a cell of a sheet."""
     factor = CELL / max(picture.shape[:2])
-    return fit(picture, *(max(1, round(side * factor)) for side in picture.shape[:2]))
-
-
-def save_grid(path: Path, panels: list[tuple[str, np.ndarray]], columns: int) -> None:
-    """Write panels (title, picture (H, W, 3) uint8) row by row as a PNG, titles above."""
-    cells = [(title, into_cell(picture)) for title, picture in panels]
-    height = max(cell.shape[0] for _, cell in cells) + TEXT_HEIGHT + 6
-    width = max(80, *(cell.shape[1] for _, cell in cells)) + 4
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (width * min(columns, len(cells)), height * rows), "white")
-    for place, (title, cell) in enumerate(cells):
-        x, y = place % columns * width, place // columns * height
-        ImageDraw.Draw(sheet).text((x + 2, y + 2), title[:width // 7], fill="black")
-        sheet.paste(Image.fromarray(cell), (x, y + TEXT_HEIGHT + 2))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    return draw.fit(picture, *(max(1, round(side * factor)) for side in picture.shape[:2]))
 
 
 def save_prompts(path: Path, pictures: list[np.ndarray], maps: list[np.ndarray], names: list[str],
@@ -143,13 +136,13 @@ def save_prompts(path: Path, pictures: list[np.ndarray], maps: list[np.ndarray],
     panels = list(zip(names, pictures))
     for row, prompt in enumerate(chosen):
         low, high = min(m[row].min() for m in maps), max(m[row].max() for m in maps)
-        panels += [(f"prompt {prompt}", lay_heat(picture, m[row], low, high))
+        panels += [(f"prompt {prompt}", draw.lay_heat(picture, m[row], low, high))
                    for picture, m in zip(pictures, maps)]
-    save_grid(path, panels, len(pictures))
+    draw.save_grid(path, panels, len(pictures))
 
 
-def draw(model: MetaPromptModel, names: list[Path], load, out: Path, wanted: int | list[int],
-         dtype: torch.dtype) -> list[int]:
+def draw_all(model: MetaPromptModel, names: list[Path], load, out: Path, wanted: int | list[int],
+             dtype: torch.dtype) -> list[int]:
     """Write OUT/NAME_heatmaps.png for each picture and OUT/prompts.png; returns the prompts drawn.
 
     load(i): picture number i, (H, W, 3) uint8, at the size that the model gets.  To choose prompts
@@ -167,10 +160,15 @@ def draw(model: MetaPromptModel, names: list[Path], load, out: Path, wanted: int
     for i in tqdm(range(len(names)), desc="heatmaps", leave=False):
         picture = load(i)
         maps = picture_maps(model, picture, dtype)[wanted]
-        panels = [(f"prompt {n}", blend_heat(picture, m)) for n, m in zip(wanted, maps)]
-        save_grid(out / f"{names[i]}_heatmaps.png", [(names[i].name, picture), *panels], 4)
+        panels = [(f"prompt {n}", draw.lay_heat(picture, m)) for n, m in zip(wanted, maps)]
+        cells = [(title, into_cell(panel)) for title, panel in [(names[i].name, picture), *panels]]
+        draw.save_grid(out / f"{names[i]}_heatmaps.png", cells, 4)
         if i in shown:
             kept.append((into_cell(picture), maps, names[i].name))
     pictures, maps, titles = map(list, zip(*kept))
     save_prompts(out / "prompts.png", pictures, maps, titles, wanted)
     return wanted
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,10 +1,15 @@
-"""How much memory a training step will need, before anything is loaded.
+"""Estimated peak GB of one training step, before anything is loaded; the flags that fit a GPU.
 
-The step runs on fake tensors (shapes without values) while a dispatch mode adds up the bytes of all
-tensors that are alive: weights, gradients, the optimiser's moments, activations, and what
-checkpointing recomputes.  Half a minute at full width, and no memory.  The CUDA context, workspaces
-and fragmentation are taken to be OTHER_GB; the loader's processes are not counted.
+    python -m tools.memory --task seg --dataset ade20k                what a step of the recipe takes
+    python -m tools.memory --task seg --dataset ade20k --fit 24       the largest micro-batch in 24 GB
+
+Takes train.py's flags, too; the data set need not be there.  The step runs on fake tensors (shapes
+without values) while a dispatch mode adds up the bytes of all tensors that are alive: weights,
+gradients, the optimiser's moments, activations, and what checkpointing recomputes.  Half a minute
+at full width, and no memory.  The CUDA context, workspaces and fragmentation are taken to be
+OTHER_GB; the loader's processes are not counted.
 """
+import sys
 import weakref
 from dataclasses import replace
 
@@ -13,13 +18,31 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ops import parallel
-import predict
-from ops.errors import InputError
 from model import Config, MetaPromptModel
+from ops.device import autocast, pick_device, pick_precision
+from ops.errors import InputError, run_command
+from tasks.flags import Parser, resolve
 from tasks.recipes import Recipe
+from train import build_optimizer
 
 OTHER_GB = 1.0  # CUDA context, workspaces, fragmentation
+
+
+def main() -> None:
+    """Print the estimate, or the flags that fit."""
+    own = Parser("")
+    own.add_argument("--fit", type=float, metavar="GB")
+    args, rest = own.parse_known_args()
+    recipe, resumed = resolve(rest, __doc__)
+    if resumed:
+        raise InputError("--resume: a run keeps its micro-batch; give the flags that began it")
+    if args.fit is not None and not args.fit > 0:
+        raise InputError(f"--fit {args.fit:g}: gigabytes of one GPU, such as 24")
+    if args.fit is None:
+        print(f"about {step_gb(recipe):.1f} GB for a step with --micro-batch {recipe.micro_batch}")
+        return
+    micro_batch = fit(recipe, args.fit)
+    print(f"fits {args.fit:g} GB: python train.py {' '.join(rest)} --micro-batch {micro_batch}")
 
 
 class Alive(TorchDispatchMode):
@@ -68,7 +91,7 @@ def step_peak(config: Config, images: tuple[int, ...], accumulate: bool, checkpo
         for _ in range(2):
             for _ in range(1 + accumulate):
                 batch, target = torch.rand(images), fake_target(config, images)
-                with predict.autocast(device, dtype):
+                with autocast(device, dtype):
                     losses = model.loss(batch, target)
                 sum(losses.values()).backward()
                 del batch, target, losses
@@ -85,49 +108,34 @@ def fake_target(config: Config, images: tuple[int, ...]) -> torch.Tensor:
     return torch.ones(B, H, W) if config.task == "depth" else torch.ones(B, 17, 3)
 
 
-# ------------------------------------------------------------------------------------------------
-# Before a run.  In all functions below, shape_of() gives an image's shape, (3, H, W), and
-# optimizer_of(model) makes the optimiser.
-
-def step_gb(recipe: Recipe, config: Config, shape_of, optimizer_of, device, dtype) -> float:
-    """GB that a GPU must have for a step of the recipe, in each process."""
-    several = parallel.accumulation(recipe.batch, recipe.micro_batch) > 1
-    peak = step_peak(config, (recipe.micro_batch, *shape_of()), several,
-                     recipe.gradient_checkpointing, optimizer_of, device, dtype)
+def step_gb(recipe: Recipe) -> float:
+    """GB that a GPU must have for a step of the recipe."""
+    device = pick_device(recipe.device)
+    images = (recipe.micro_batch, 3, recipe.crop, recipe.crop_width or recipe.crop)
+    peak = step_peak(recipe.model, images, recipe.batch > recipe.micro_batch,
+                     recipe.gradient_checkpointing, lambda model: build_optimizer(model, recipe),
+                     device, pick_precision(recipe.precision, device))
     return OTHER_GB + peak / 1e9
 
 
-def tell(recipe: Recipe, config: Config, shape_of, optimizer_of, device, dtype) -> None:
-    """Print what a step will need, and what to do if the GPU has less."""
-    try:
-        need = step_gb(recipe, config, shape_of, optimizer_of, device, dtype)
-    except Exception as error:                           # an estimate must never end a run
-        print(f"memory     not estimated ({type(error).__name__}: {error})")
-        return
-    print(f"memory     about {need:.1f} GB for a step with --micro-batch {recipe.micro_batch}")
-    if device.type == "cuda" and need > (has := torch.cuda.mem_get_info(device)[1] / 1e9):
-        print(f"memory     TOO MUCH for this GPU's {has:.1f} GB: take a smaller --micro-batch (the "
-              "batch stays, it is accumulated), --gradient-checkpointing")
+def fit(recipe: Recipe, limit: float) -> int:
+    """The largest micro-batch whose step takes at most `limit` GB; the total batch stays.
 
-
-def fit(recipe: Recipe, config: Config, shape_of, optimizer_of, device, dtype) -> Recipe:
-    """The recipe with the largest micro-batch whose step takes at most recipe.memory GB.
-
-    The total batch stays.  Raises InputError if not even the smallest fits.
+    Raises InputError if not even the smallest fits.
     """
-    best, total = None, recipe.batch // parallel.world()
-    smallest = 2 if recipe.task == "seg" else 1          # BatchNorm of a 1x1 map
-    for micro_batch in (m for m in range(smallest, total + 1) if total % m == 0):
-        tried = replace(recipe, micro_batch=micro_batch)
-        need = step_gb(tried, config, shape_of, optimizer_of, device, dtype)
-        fits = need <= recipe.memory
-        print(f"memory     about {need:.1f} GB for a step with --micro-batch {micro_batch}"
-              + ("" if fits else f": more than --memory {recipe.memory:g}"), flush=True)
-        if not fits:
+    best, smallest = None, 2 if recipe.task == "seg" else 1          # BatchNorm of a 1x1 map
+    for micro_batch in (m for m in range(smallest, recipe.batch + 1) if recipe.batch % m == 0):
+        need = step_gb(replace(recipe, micro_batch=micro_batch))
+        print(f"about {need:.1f} GB for a step with --micro-batch {micro_batch}", flush=True)
+        if need > limit:
             break
-        best = tried
+        best = micro_batch
     if best is None:
-        raise InputError(f"--memory {recipe.memory:g}: the smallest step needs more, see above"
+        raise InputError(f"--fit {limit:g}: the smallest step needs more, see above"
                          + ("" if recipe.gradient_checkpointing else
                             "; --gradient-checkpointing takes less"))
     return best
+
+
+if __name__ == "__main__":
+    run_command(main)

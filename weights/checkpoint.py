@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from weights import files as weights
 from ops.errors import InputError
-from model import MetaPromptModel
+from weights.files import read_tensors
 
 
 def flush(folder: Path) -> None:
@@ -26,6 +26,16 @@ def flush(folder: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+def write_json(path: Path, value) -> None:
+    """Write a JSON file; whenever the program dies, the old or the new one is complete."""
+    new = path.with_name(path.name + ".tmp")
+    new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    handle = os.open(new, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+    os.replace(new, path)
 
 
 def replace_folder(new: Path, old: Path, keep: bool) -> None:
@@ -74,16 +84,21 @@ LICENCES = {  # (licence of what is uploaded, what its user must know)
 }
 
 
+PRIVATE = ("out", "files", "device", "init_from", "prompts")  # of a recipe: paths of the machine
+
+
 def model_card(recipe: dict, metrics: dict, step: int) -> str:
-    """Text of the Hub's README.md: task, recipe, metrics (scalars only), licence."""
+    """Text of the Hub's README.md: task, recipe without paths, metrics (scalars only), licence."""
     licence, note = LICENCES[recipe["backbone"] == "tiny" or recipe["init"] == "random"]
     scalars = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
-    shown = {k: v for k, v in recipe.items() if k not in ("out", "data", "device")}
-    return CARD.format(task=recipe["task"], dataset=recipe["dataset"], licence=licence, note=note,
-                       step=step, metrics=scalars, recipe=json.dumps(shown, indent=2))
+    shown = {k: v for k, v in recipe.items() if k not in PRIVATE}
+    if Path(shown["backbone"]).exists():
+        shown["backbone"] = "a local copy"
+    return CARD.format(task=recipe["model"]["task"], dataset=recipe["dataset"], licence=licence,
+                       note=note, step=step, metrics=scalars, recipe=json.dumps(shown, indent=2))
 
 
-def save_best(run: Path, model: MetaPromptModel, card: str = "") -> None:
+def save_best(run: Path, model: nn.Module, card: str = "") -> None:
     """Write RUN/best, ready for the Hub; `card` is its README.md."""
     folder = empty_folder(run / "best.tmp")
     model.save_pretrained(folder)
@@ -91,7 +106,7 @@ def save_best(run: Path, model: MetaPromptModel, card: str = "") -> None:
     replace_folder(folder, run / "best", keep=False)
 
 
-def save_last(run: Path, model: MetaPromptModel, optimizer: torch.optim.Optimizer,
+def save_last(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
               state: dict) -> None:
     """Write RUN/last: weights, optimiser and `state` (step, best result so far)."""
     folder = empty_folder(run / "last.tmp")
@@ -113,23 +128,22 @@ def find_last(run: Path) -> Path:
     raise InputError(f"--resume {run}: no last/state.json in it; is it a run folder of train.py?")
 
 
-def load_model(folder: Path) -> MetaPromptModel:
-    """The model of a checkpoint, in memory of its own, in training mode.
+def own_memory(model: nn.Module) -> nn.Module:
+    """The model with its tensors copied out of the file that from_pretrained maps.
 
-    from_pretrained maps the file; its tensors lie at odd addresses, for which matrix kernels may
-    round otherwise.  Copies are aligned as in a fresh run, so that resuming is exact to the bit.
+    There they lie at odd addresses, for which matrix kernels may round otherwise.  Copies are
+    aligned as in a fresh run, so that resuming is exact to the bit.
     """
-    model = MetaPromptModel.from_pretrained(folder)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
-    return model.train()
+    return model
 
 
-def load_optimizer(folder: Path, model: MetaPromptModel, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Give the optimiser the moments saved in `folder`; InputError if they don't fit the model."""
     path = folder / "optimizer.safetensors"
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    for key, value in weights.read_tensors(path).items():
+    for key, value in read_tensors(path).items():
         name, _, kind = key.rpartition(":")
         if name not in parameters:
             raise InputError(f"{path} has moments of {name}, which the model does not train")
@@ -139,3 +153,32 @@ def load_optimizer(folder: Path, model: MetaPromptModel, optimizer: torch.optim.
                              f"{tuple(parameter.shape)}")
         device = parameter.device if value.ndim > 0 or parameter.is_cuda else "cpu"
         optimizer.state[parameter][kind] = value.clone().to(device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Another run's weights
+
+def adapt(source: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of `source` for `model`, two of model.py's; whatever does not fit is new, as `model`
+    has it: the classifier if the number of classes differs, the rows of temb, prompts and the
+    adapters of passes that `source` lacks.  Says so.
+    """
+    old, new = source.state_dict(), model.state_dict()
+    theirs, ours = source.config, model.config
+    tensors = {name: old.get(name, value) for name, value in new.items()}
+    if theirs.num_classes != ours.num_classes:
+        layers = [name for name in new if ".conv_seg." in name]
+        tensors.update({name: new[name] for name in layers})
+        print(f"classes    {theirs.num_classes} there, {ours.num_classes} here: new random values "
+              f"for {', '.join(layers)}")
+    elif theirs.class_names != ours.class_names:
+        print("classes    as many, but other names: the classifier is taken over as it is")
+    if theirs.refine_steps != ours.refine_steps:
+        rows = [n for n in ("temb", "prompts") if n in new and len(new[n]) != len(old[n])]
+        for name in rows:                                # adapters come and go by their names
+            tensors[name] = torch.cat([old[name][:len(new[name])], new[name][len(old[name]):]])
+        kept = min(theirs.refine_steps, ours.refine_steps)
+        print(f"passes     {theirs.refine_steps} there, {ours.refine_steps} here: first {kept} of "
+              f"{', '.join(rows) or 'nothing'}" + ("; the later ones are new random values"
+                                                   if ours.refine_steps > kept else ""))
+    return tensors

@@ -1,0 +1,64 @@
+"""Where and in which precision a model runs."""
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ops.errors import InputError
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto", "cpu" or "cuda[:i]" -> device; InputError if it is not available."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name} is unknown: auto, cpu, cuda or cuda:NUMBER") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name} is not supported: auto, cpu, cuda or cuda:NUMBER")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: torch {torch.__version__} sees "
+                         f"{torch.cuda.device_count()} GPUs here; cpu works everywhere")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """"auto", "bfloat16" or "float32" -> dtype; auto is bfloat16 where the device is fast at it."""
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        cpuinfo = Path("/proc/cpuinfo")
+        flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
+        fast = "amx_bf16" in flags or "avx512_bf16" in flags
+        return torch.bfloat16 if fast else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights are."""
+    return next(model.parameters()).device
+
+
+def to_batch(image: np.ndarray, device: torch.device) -> Tensor:
+    """An image (H, W, 3) uint8 as a batch of one, (1, 3, H, W) float32 in [0, 1]."""
+    return torch.tensor(image, device=device).permute(2, 0, 1)[None].float() / 255
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Mixed precision around forward passes; nothing for float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the layers' weights in `dtype`, for a model that is only to predict.
+
+    Half the memory; autocast, which rounds them in every call, finds that done: same answers.
+    """
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            layer.to(dtype)

@@ -1,0 +1,170 @@
+"""The embedded data set: rendered scenes (shapes.py) as samples of each task; no files, no download.
+
+Training: new scenes in every epoch.  Validation: the same scenes in every run, out of training's
+reach.
+"""
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from huggingface_hub.utils import tqdm
+from torch.utils.data import Dataset
+
+from sets import shapes
+from sets.coco import CATEGORY, GROUND_TRUTH, PERSON, People, annotated_people, make_sample
+from sets.files import Classes, Cut, plain_classes, to_sample
+
+VAL_SEED = 1 << 40  # first scene seed of the validation set
+COLOURS = ((128, 178, 255), (150, 140, 120), (230, 60, 60), (250, 200, 40), (60, 160, 70),
+           (150, 80, 200), (255, 140, 200))  # of the classes, for pictures
+# Degrees. Depth scenes have one camera, like NYU's and KITTI's: with a random field of view,
+# absolute scale is ambiguous, and an answer that is right but for that factor has a delta1 of 0.79.
+DEPTH_LENS = 57.0
+VISIBLE_JOINTS = 6  # of a person that is worth training on
+SCENE_SIDE = 256  # pixels of a scene from which people are cropped
+SCENE_TRIES = 16  # scenes looked at for such a person; nearly all have one
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Scenes with the class of every pixel."""
+
+    train_scenes: int = 20_000  # per epoch, new ones in each
+    val_scenes: int = 300  # to validate on
+
+    def classes(self, names: tuple[str, ...] = ()) -> Classes:
+        """The seven."""
+        return plain_classes(shapes.CLASSES, COLOURS)
+
+    def length(self, cut: Cut) -> int:
+        """Scenes of a split."""
+        return self.train_scenes if cut.training else self.val_scenes
+
+    def open(self, cut: Cut) -> "Shapes":
+        """The split."""
+        return Shapes(self.length(cut), "seg", cut)
+
+
+@dataclass(frozen=True)
+class DepthScenes(Scenes):
+    """Scenes with the depth of every pixel, all through one lens."""
+
+    def open(self, cut: Cut) -> "Shapes":
+        """The split."""
+        return Shapes(self.length(cut), "depth", cut)
+
+
+@dataclass(frozen=True)
+class PoseScenes(Scenes):
+    """The people of the scenes."""
+
+    augment: bool = False  # mmpose's augmentation; scenes without end can do without
+
+    def open(self, cut: Cut) -> "ShapesPose":
+        """The split."""
+        return ShapesPose(self.length(cut), cut, self.augment)
+
+
+def scene_seed(key: tuple[int, int], length: int, cut: Cut) -> int:
+    """Seed of the scene of key = (epoch, index); `length` scenes per epoch."""
+    epoch, index = key
+    if not cut.training:
+        return VAL_SEED + index
+    return cut.seed * VAL_SEED * 2 + epoch * length + index
+
+
+class Shapes(Dataset):
+    """Scenes as high and wide as the crop: labels for seg, metres for depth."""
+
+    def __init__(self, length: int, task: str, cut: Cut):
+        self.length, self.task, self.cut, self.scale = length, task, cut, cut.scale
+        self.classes = plain_classes(shapes.CLASSES, COLOURS)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """Sample of key = (epoch, index)."""
+        seed = scene_seed(key, self.length, self.cut)
+        scene = shapes.render(seed, *self.cut.crop, DEPTH_LENS if self.task == "depth" else None)
+        target = scene.label if self.task == "seg" else scene.depth  # metres; the sky has none: 0
+        return to_sample(scene.image, target, f"scene {seed}")
+
+    def check(self) -> str:
+        """Summary line, like SegFiles.check."""
+        return (f"{self.length} scenes of {self.cut.crop[1]}x{self.cut.crop[0]} pixels, rendered "
+                "on the fly")
+
+
+def scenes_as_coco(scenes: list[shapes.Scene], names: list[str]) -> dict:
+    """What `read_coco` would give for these scenes; ids count from 1."""
+    images, annotations = [], []
+    for number, (scene, name) in enumerate(zip(scenes, names), 1):
+        height, width = scene.label.shape
+        images.append({"id": number, "width": width, "height": height, "file_name": name})
+        for keypoints, box, area in zip(scene.keypoints, scene.boxes, scene.areas):
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": number, "category_id": PERSON,
+                "bbox": box.tolist(), "area": float(area), "iscrowd": 0,
+                "keypoints": keypoints.ravel().tolist(),
+                "num_keypoints": int((keypoints[:, 2] > 0).sum())})
+    return {"images": images, "annotations": annotations, "categories": [CATEGORY]}
+
+
+class ShapesPose(Dataset):
+    """People of scenes of SCENE_SIDE x SCENE_SIDE pixels.
+
+    Training: `length` samples per epoch, one person of a new scene each.  Validation: every person
+    of `length` scenes, rendered when first asked for.
+    """
+
+    boxes = GROUND_TRUTH
+
+    def __init__(self, length: int, cut: Cut, augmented: bool):
+        self.length, self.cut, self.augmented = length, cut, augmented
+
+    def __len__(self) -> int:
+        return self.length if self.cut.training else len(self.rendered[2])
+
+    @functools.cached_property
+    def rendered(self) -> tuple[list[np.ndarray], dict, People]:
+        """(images, annotations, people) of the validation scenes."""
+        seeds = [scene_seed((0, index), self.length, self.cut) for index in range(self.length)]
+        scenes = [shapes.render(seed, SCENE_SIDE, SCENE_SIDE)
+                  for seed in tqdm(seeds, desc="render", unit="scene", leave=False, delay=2)]
+        coco = scenes_as_coco(scenes, [f"scene {seed}" for seed in seeds])
+        return [scene.image for scene in scenes], coco, annotated_people(coco, "the scenes")
+
+    @property
+    def annotations(self) -> dict:
+        """The validation scenes' people in COCO's format, to score against."""
+        return self.rendered[1]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """Sample of key = (epoch, index)."""
+        if not self.cut.training:
+            images, _, people = self.rendered
+            return make_sample(people, key[1], images[people.image[key[1]]], self.cut.crop)
+        rng = np.random.default_rng([self.cut.seed, *key])
+        image, people = self.find_people(key)
+        person = int(rng.integers(len(people)))
+        return make_sample(people, person, image, self.cut.crop, rng if self.augmented else None)
+
+    def find_people(self, key: tuple[int, int]) -> tuple[np.ndarray, People]:
+        """Image and well visible people of the first scene of `key` that has any."""
+        for attempt in range(SCENE_TRIES):               # further attempts lie between epochs' seeds
+            seed = (scene_seed(key, self.length, self.cut) + attempt * (VAL_SEED // SCENE_TRIES))
+            scene = shapes.render(seed, SCENE_SIDE, SCENE_SIDE)
+            coco = scenes_as_coco([scene], [f"scene {seed}"])
+            coco["annotations"] = [person for person in coco["annotations"]
+                                   if person["keypoints"][2::3].count(2) >= VISIBLE_JOINTS]
+            people = annotated_people(coco, f"scene {seed}")
+            if len(people):
+                return scene.image, people
+        raise RuntimeError(f"no person in {SCENE_TRIES} scenes of {SCENE_SIDE} pixels")
+
+    def check(self) -> str:
+        """Summary line, like CocoPose.check."""
+        if self.cut.training:
+            return f"{self.length} scenes of {SCENE_SIDE}x{SCENE_SIDE} pixels, rendered on the fly"
+        return f"{len(self)} people in {self.length} scenes of {SCENE_SIDE}x{SCENE_SIDE} pixels"

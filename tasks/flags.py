@@ -1,0 +1,246 @@
+"""The command line of a recipe: one flag per field, named and explained by the field itself.
+
+    --num-prompts        Recipe.model.num_prompts
+    --unet-channels      Recipe.model.unet.channels; so for vae
+    --window             Recipe.protocol.window
+    --train-list         Recipe.files.train_list
+
+Which flags there are depends on task and data set: one that is not in the row's settings, or that
+another setting makes idle, is refused.
+"""
+import argparse
+import types
+import typing
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ops.errors import InputError
+from ops.settings import checked, comments, leaves, with_leaf
+from tasks.recipes import RECIPES, Recipe, check, find_recipe, random_backbone, read_recipe, tiny
+from weights.files import read_tensors
+
+Path_ = tuple[str, ...]  # names of the fields that lead to a setting
+
+FOUND_OUT = ("task", "class_names", "num_classes", "fixed_prompts", "train_encoder")  # no flags
+UNUSED = {  # fields of the model and the run that a task does not read
+    "seg": ("max_depth", "resize_scale", "deconv_channels", "sigma", "crop_width"),
+    "depth": ("dropout", "deconv_channels", "sigma", "crop_width"),
+    "pose": ("dropout", "head_channels", "max_depth", "resize_scale"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line, and no flag can be shortened."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def flag_paths(recipe: Recipe) -> dict[str, Path_]:
+    """Name of a flag, with underscores -> where its value lies in a recipe of this task and set."""
+    found = {}
+    for path in leaves(recipe):
+        name = "_".join(path[-2:]) if path[-2:-1] in (("unet",), ("vae",)) else path[-1]
+        if path[0] != "dataset" and path[-1] not in (*FOUND_OUT, *UNUSED[recipe.task]):
+            found[name] = path
+    return found
+
+
+def owner_of(recipe: Recipe, path: Path_):
+    """The settings object that holds the field at `path`."""
+    for name in path[:-1]:
+        recipe = getattr(recipe, name)
+    return recipe
+
+
+def show(value) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+def read_word(text: str):
+    """A word of the command line as JSON would hold it: null, an integer, a number, or text."""
+    if text == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def add_flags(parser: Parser, recipe: Recipe, sections: tuple[str, ...],
+              leave_out: tuple[str, ...] = ()) -> None:
+    """A flag for every setting below the `sections` of the recipe, its value there as default."""
+    for name, path in flag_paths(recipe).items():
+        if path[0] not in sections or name in leave_out:
+            continue
+        owner, flag = owner_of(recipe, path), "--" + name.replace("_", "-")
+        value = getattr(owner, path[-1])
+        text = f"{comments(type(owner))[path[-1]]} [{show(value)}]".replace("%", "%%")
+        hint = typing.get_type_hints(type(owner))[path[-1]]
+        if hint is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text,
+                                default=argparse.SUPPRESS)
+        else:
+            parser.add_argument(flag, nargs="+" if "tuple" in str(hint) else None, metavar="X",
+                                help=text, default=argparse.SUPPRESS)
+
+
+def value_of(owner, name: str, words, flag: str):
+    """The words of a flag as the field `name` of `owner` wants them; InputError otherwise."""
+    hint = typing.get_type_hints(type(owner))[name]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(words, list):
+        value = [read_word(word) for word in words]
+        value = None if value == [None] else value
+    elif str in kinds:
+        value = None if words == "none" and type(None) in kinds else words
+    else:
+        value = read_word(words) if isinstance(words, str) else words
+    if value == "":
+        raise InputError(f"{flag} is empty: leave it out, or give a value")
+    return checked(hint, value, flag)
+
+
+def with_flags(recipe: Recipe, given: dict) -> Recipe:
+    """The recipe with the flags that were given, {name: words}; InputError for a wrong value."""
+    paths = flag_paths(recipe)
+    for name, words in given.items():
+        path = paths[name]
+        value = value_of(owner_of(recipe, path), path[-1], words, "--" + name.replace("_", "-"))
+        recipe = with_leaf(recipe, path, value)
+    return recipe
+
+
+def parse(parser: Parser, arguments: list[str], recipe: Recipe) -> argparse.Namespace:
+    """parser.parse_args, whose refusal says what an unknown flag belongs to."""
+    args, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        name = word.removeprefix("--").split("=")[0].replace("-", "_").removeprefix("no_")
+        if not word.startswith("--"):
+            raise InputError(f"{word} stands alone: values follow a --flag")
+        rows = [f"{row.task} on {row.dataset}" for row in RECIPES.values()
+                if name in flag_paths(row)]
+        if name in flag_paths(recipe):
+            raise InputError(f"{word} is no flag of this command: it would do nothing here")
+        where = f"; it is one of {', '.join(rows)}" if rows else ""
+        raise InputError(f"{word} is no setting of {recipe.task} on {recipe.dataset}{where}")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py's recipe
+
+SECTIONS = tuple(Recipe.__dataclass_fields__)
+
+
+def resolve(arguments: list[str], description: str = "") -> tuple[Recipe, bool]:
+    """(recipe, whether a run is resumed) of train.py's command line; InputError if impossible.
+
+    The row of --task and --dataset, on a tiny backbone where that is asked for, and what was given.
+    """
+    first = Parser("")
+    first.add_argument("--task", default="seg")
+    first.add_argument("--dataset", default="shapes")
+    first.add_argument("--backbone")
+    first.add_argument("--resume")
+    chosen, rest = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
+    if chosen.resume is not None:
+        if len(arguments) > 2 or not chosen.resume:
+            raise InputError("--resume RUN takes the run's recipe: leave out "
+                             f"{rest[0] if rest else 'all other flags, and name the folder'}")
+        return replace(read_recipe(Path(chosen.resume) / "recipe.json"), out=chosen.resume), True
+    row = find_recipe(chosen.task, chosen.dataset)
+    row = tiny(row) if chosen.backbone == "tiny" and row.backbone != "tiny" else row
+    parser = Parser(description)
+    parser.add_argument("--resume", metavar="RUN", help="continue RUN with its own recipe")
+    parser.add_argument("--task", help="seg, depth or pose [seg]")
+    parser.add_argument("--dataset", help=f"{', '.join(d for t, d in RECIPES if t == row.task)} "
+                        "[shapes]")
+    add_flags(parser, row, SECTIONS)
+    given = vars(parse(parser, arguments, row))
+    given = {name: words for name, words in given.items()
+             if name not in ("task", "dataset", "resume")}
+    recipe = finish(with_flags(row, given), given)
+    return recipe, False
+
+
+def finish(recipe: Recipe, given: dict) -> Recipe:
+    """The recipe with what follows from its settings; InputError if they can't work together."""
+    check(recipe)
+    check_idle(recipe, given)
+    if recipe.prompts:
+        recipe = with_prompts(recipe, given)
+    recipe = replace(recipe, model=replace(recipe.model, train_encoder=random_backbone(recipe)))
+    if getattr(recipe.protocol, "max_side", None) == 0:
+        recipe = replace(recipe, protocol=replace(recipe.protocol, max_side=2 * recipe.crop))
+    return replace(recipe, out=recipe.out or free_folder(f"runs/{recipe.task}-{recipe.dataset}"))
+
+
+def check_idle(recipe: Recipe, given: dict) -> None:
+    """InputError for a given flag that another setting makes idle."""
+    pretrained = not random_backbone(recipe)
+    idle = [(("min_lr",), recipe.schedule != "two-phase", f"--schedule {recipe.schedule}"),
+            (("warmup", "warmup_ratio"), recipe.schedule == "two-phase", "--schedule two-phase"),
+            (("stride",), getattr(recipe.protocol, "window", 1) is None, "no --window"),
+            ([name for name in given if name.startswith(("unet_c", "unet_la", "vae_"))],
+             pretrained, "pretrained weights, whose files say the widths")]
+    for names, applies, why in idle:
+        for name in names:
+            if applies and name in given:
+                raise InputError(f"--{name.replace('_', '-')} would do nothing: the recipe has "
+                                 f"{why}")
+
+
+def with_prompts(recipe: Recipe, given: dict) -> Recipe:
+    """The recipe for --prompts: N is the file's, and there is an adapter unless it was ruled out.
+
+    The paper compares label and caption prompts (4.3) without saying how they enter the model; that
+    they go through the depth model's adapter is ours.
+    """
+    count = len(read_prompts(Path(recipe.prompts), recipe.model.unet.context_dim))
+    if "num_prompts" in given and recipe.model.num_prompts != count:
+        raise InputError(f"--num-prompts {recipe.model.num_prompts}: --prompts {recipe.prompts} "
+                         f"holds {count}, which is N; leave --num-prompts out")
+    adapter = recipe.model.prompt_adapter if "prompt_adapter" in given else True
+    return replace(recipe, model=replace(recipe.model, num_prompts=count, fixed_prompts=True,
+                                         prompt_adapter=adapter))
+
+
+def read_prompts(path: Path, dim: int) -> Tensor:
+    """The one tensor of a .safetensors file, (N, dim), in float32; InputError for anything else."""
+    wanted = f"one tensor (N, {dim}), a text embedding per row, is wanted"
+    if not path.is_file():
+        raise InputError(f"--prompts {path} does not exist")
+    if path.suffix != ".safetensors":
+        raise InputError(f"--prompts {path} is not a .safetensors file: {wanted}")
+    tensors = read_tensors(path)
+    if len(tensors) > 1:
+        raise InputError(f"--prompts {path} holds {len(tensors)} tensors: {wanted}")
+    (name, tensor), = tensors.items()
+    if tensor.ndim != 2 or not len(tensor) or tensor.shape[1] != dim:
+        raise InputError(f"--prompts {path}: {name} has shape {tuple(tensor.shape)}, {wanted}; "
+                         f"{dim} is --unet-context-dim, the width that the UNet reads")
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        raise InputError(f"--prompts {path}: {name} holds values that are no finite floats "
+                         f"({tensor.dtype}); {wanted}")
+    return tensor.float()
+
+
+def free_folder(base: str) -> str:
+    """`base`, or base-2, base-3, ... if it exists: no run overwrites another."""
+    path, number = base, 1
+    while Path(path).exists():
+        number += 1
+        path = f"{base}-{number}"
+    return path
