@@ -37,8 +37,11 @@ from ops import parallel
 import predict
 from weights import files as weights
 from ops.errors import InputError, run_command
+from ops.settings import leaves
 from model import Config, MetaPromptModel, read_config
 from tasks.recipes import Recipe, lr_factor, parse, read_prompts, resolve
+from unet import UNetConfig
+from vae import VAEConfig
 
 
 # ------------------------------------------------------------------------------------------------
@@ -56,10 +59,10 @@ def model_config(recipe: Recipe, class_names: tuple[str, ...]) -> Config:
         resize_scale=recipe.resize_scale, deconv_channels=recipe.deconv_channels,
         sigma=recipe.sigma, dropout=recipe.dropout,
         train_encoder=recipe.backbone == "tiny" or recipe.init == "random",
-        unet_channels=recipe.unet_channels, vae_channels=recipe.vae_channels,
-        context_dim=recipe.context_dim, num_heads=recipe.num_heads,
-        latent_channels=recipe.latent_channels, norm_groups=recipe.norm_groups,
-        unet_layers=recipe.unet_layers, vae_layers=recipe.vae_layers)
+        unet=UNetConfig(recipe.unet_channels, recipe.unet_layers, recipe.num_heads,
+                        recipe.context_dim, recipe.latent_channels, recipe.norm_groups),
+        vae=VAEConfig(recipe.vae_channels, recipe.vae_layers, recipe.latent_channels,
+                      recipe.norm_groups))
 
 
 def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> MetaPromptModel:
@@ -77,15 +80,13 @@ def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> MetaPromptModel
         model = MetaPromptModel.from_stable_diffusion(config, recipe.backbone)
         print(f"backbone   {recipe.backbone}: pretrained, VAE encoder frozen")
     if recipe.prompts:
-        prompts = read_prompts(Path(recipe.prompts), model.config.context_dim)
+        prompts = read_prompts(Path(recipe.prompts), model.config.unet.context_dim)
         model.prompts.data.copy_(prompts)                # (N, D) -> (1 or T, N, D)
         print(f"prompts    {recipe.prompts}: fixed, {'an' if recipe.prompt_adapter else 'no'} "
               "adapter is trained")
     return model.train()
 
 
-WIDTHS = ("unet_channels", "num_heads", "context_dim", "vae_channels", "latent_channels",
-          "norm_groups", "unet_layers", "vae_layers")  # of a pretrained backbone: the files'
 MAY_DIFFER = ("num_classes", "class_names", "refine_steps", "dropout", "max_depth", "resize_scale",
               "sigma")  # between two stages
 
@@ -97,11 +98,13 @@ def second_stage(config: Config, run: str) -> MetaPromptModel:
     that the weights depend on differs.
     """
     folder = evaluation.find_checkpoint(run, "--init-from")
-    theirs = asdict(read_config(folder / "config.json"))
-    if not config.train_encoder:
-        config = replace(config, **{name: theirs[name] for name in WIDTHS})
-    differing = [f"{name} {theirs[name]} (here {value})" for name, value in asdict(config).items()
-                 if name not in MAY_DIFFER and theirs[name] != value]
+    theirs = read_config(folder / "config.json")
+    if not config.train_encoder:                         # a pretrained backbone's sizes: the files'
+        config = replace(config, unet=theirs.unet, vae=theirs.vae)
+    there = leaves(theirs)
+    differing = [f"{'.'.join(path)} {there[path]} (here {value})"
+                 for path, value in leaves(config).items()
+                 if path[0] not in MAY_DIFFER and there[path] != value]
     if differing:
         raise InputError(f"--init-from {folder} has {', '.join(differing)}: only "
                          f"{', '.join(MAY_DIFFER)} may differ; give the same flags as there")
@@ -314,7 +317,7 @@ def begin(recipe: Recipe, resume: bool, class_names: tuple[str, ...], device: to
     if resume:
         folder = checkpoint.find_last(Path(recipe.out))
         state = weights.read_json(folder / "state.json")
-        model = checkpoint.load_model(folder).to(device)
+        model = checkpoint.own_memory(MetaPromptModel.from_pretrained(folder)).train().to(device)
         optimizer = build_optimizer(model, recipe)
         checkpoint.load_optimizer(folder, model, optimizer)
         print(f"resuming   {folder} at step {state['step']}")

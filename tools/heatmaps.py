@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from ops.errors import InputError
-from model import Config, MetaPromptModel, rearrange
+from model import Config, MetaPromptModel
 from ops.draw import TEXT_HEIGHT, blend_heat, colour_heat, fit
 from predict import autocast, device_of, to_batch
 
@@ -52,26 +51,11 @@ def parse(text: str, config: Config) -> int | list[int]:
 
 
 @torch.inference_mode()
-def response_maps(model: MetaPromptModel, images: Tensor) -> list[Tensor]:
-    """What the head reads: M x (B, N, h, w), finest first, of images (B, 3, H, W) in [0, 1].
-
-    The lines of MetaPromptModel.forward up to the head.
-    """
-    latents = model.encode(images)
-    for step in range(model.config.refine_steps):
-        if step > 0:
-            latents = model.unet.to_latents(features[0])
-        prompts = model.context(step)
-        features = model.unet(latents, model.timestep(step), prompts)
-    maps = model.neck(features)
-    return [rearrange(m, prompts) for m in maps] if model.config.rearrange else maps
-
-
 def picture_maps(model: MetaPromptModel, picture: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """The finest maps (N, h, w) float32 of a picture (H, W, 3) uint8."""
     images = to_batch(picture, device_of(model))
     with autocast(images.device, dtype):
-        maps = response_maps(model, images)[0]
+        maps = model.responses(images)[0]
     return maps[0].float().cpu().numpy()
 
 

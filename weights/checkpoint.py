@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from weights import files as weights
 from ops.errors import InputError
-from model import MetaPromptModel
+from weights.files import read_tensors
 
 
 def flush(folder: Path) -> None:
@@ -83,7 +83,7 @@ def model_card(recipe: dict, metrics: dict, step: int) -> str:
                        step=step, metrics=scalars, recipe=json.dumps(shown, indent=2))
 
 
-def save_best(run: Path, model: MetaPromptModel, card: str = "") -> None:
+def save_best(run: Path, model: nn.Module, card: str = "") -> None:
     """Write RUN/best, ready for the Hub; `card` is its README.md."""
     folder = empty_folder(run / "best.tmp")
     model.save_pretrained(folder)
@@ -91,7 +91,7 @@ def save_best(run: Path, model: MetaPromptModel, card: str = "") -> None:
     replace_folder(folder, run / "best", keep=False)
 
 
-def save_last(run: Path, model: MetaPromptModel, optimizer: torch.optim.Optimizer,
+def save_last(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
               state: dict) -> None:
     """Write RUN/last: weights, optimiser and `state` (step, best result so far)."""
     folder = empty_folder(run / "last.tmp")
@@ -113,23 +113,22 @@ def find_last(run: Path) -> Path:
     raise InputError(f"--resume {run}: no last/state.json in it; is it a run folder of train.py?")
 
 
-def load_model(folder: Path) -> MetaPromptModel:
-    """The model of a checkpoint, in memory of its own, in training mode.
+def own_memory(model: nn.Module) -> nn.Module:
+    """The model, its tensors copied out of the file that they are mapped to.
 
-    from_pretrained maps the file; its tensors lie at odd addresses, for which matrix kernels may
-    round otherwise.  Copies are aligned as in a fresh run, so that resuming is exact to the bit.
+    Mapped tensors lie at odd addresses, for which matrix kernels may round otherwise.  Copies are
+    aligned as in a fresh run, so that resuming is exact to the bit.
     """
-    model = MetaPromptModel.from_pretrained(folder)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
-    return model.train()
+    return model
 
 
-def load_optimizer(folder: Path, model: MetaPromptModel, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Give the optimiser the moments saved in `folder`; InputError if they don't fit the model."""
     path = folder / "optimizer.safetensors"
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    for key, value in weights.read_tensors(path).items():
+    for key, value in read_tensors(path).items():
         name, _, kind = key.rpartition(":")
         if name not in parameters:
             raise InputError(f"{path} has moments of {name}, which the model does not train")
