@@ -9,12 +9,12 @@ Necks come before the dot product with the prompts (model.py), heads after it: a
 channels and knows nothing of the backbone.  Parameter names inside the heads are the official
 code's, so that the authors' checkpoints map by prefix.
 """
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops import udp as pose
+from ops import udp
+from ops.device import descending, has_data
 from ops.parallel import BatchNorm2d, by_class, total
 
 IGNORE = 255  # label of pixels that count neither in losses nor in metrics
@@ -129,7 +129,7 @@ class SegHead(nn.Module):
         return resize(self.decode_head(maps), size)
 
     def loss(self, maps: list[Tensor], target: Tensor) -> dict[str, Tensor]:
-        """4 x (B, N, h, w), labels (B, H, W) -> named losses, to be added up (spec A.2).
+        """4 x (B, N, h, w), labels (B, H, W) -> named losses, to be added up.
 
         Logits are resized to the labels first.  The auxiliary loss carries its weight, 0.4.
         """
@@ -154,11 +154,11 @@ def lovasz_softmax(logits: Tensor, target: Tensor) -> Tensor:
     Per class: the errors of all pixels, weighted by `jaccard_growth`; then the mean over classes.
     An ignored pixel gets error 0: it sorts last and adds 0.  Of several processes each sums up a
     share of the classes, see parallel.py.
-    DEVIATION: zero where no pixel is valid, the official code gives NaN (decisions 14).
+    DEVIATION: zero where no pixel is valid, the official code gives NaN.
     """
     probs = logits.float().softmax(dim=1).movedim(1, 0).flatten(1)         # (C, P)
     probs, labels, classes = by_class(probs, target.flatten())             # (C', P'), (P',), (C',)
-    if has_values(probs):                                                  # else shapes stay fixed
+    if has_data(probs):                                                    # else shapes stay fixed
         present = torch.isin(classes, labels.unique())
         probs, classes = probs[present], classes[present]
     truth, valid = labels == classes[:, None], labels != IGNORE
@@ -184,47 +184,33 @@ def jaccard_growth(errors: Tensor, truth: Tensor) -> Tensor:
     return torch.empty_like(growth).scatter_(1, order, growth)
 
 
-def descending(x: Tensor) -> Tensor:
-    """Indices that sort the rows of (C, P), largest first; on a CPU by numpy, whose vectorised sort
-    is five times as fast as torch's.
-    """
-    if x.is_cuda or not has_values(x):
-        return x.argsort(dim=1, descending=True)
-    return torch.from_numpy(np.argsort(-x.numpy(), axis=1))
-
-
-def has_values(x: Tensor) -> bool:
-    """Whether x is more than a shape: not while torch.compile traces, not under memory.py."""
-    return not torch.compiler.is_compiling() and type(x) is Tensor
-
-
 # ------------------------------------------------------------------------------------------------
 # Depth
 
-def conv_bn_relu(conv: nn.Module, channels: int) -> list[nn.Module]:
-    """A (transposed) convolution, BatchNorm, ReLU, to be unpacked into a Sequential."""
-    return [conv, BatchNorm2d(channels), nn.ReLU()]
+def deconvolutions(widths: tuple[int, ...], kernel: int) -> nn.Sequential:
+    """Transposed convolution, BatchNorm, ReLU from each width to the next; each doubles the size.
+    """
+    layers = []
+    for c_in, c_out in zip(widths, widths[1:]):
+        layers += [nn.ConvTranspose2d(c_in, c_out, kernel, stride=2, padding=kernel // 2 - 1,
+                                      bias=False), BatchNorm2d(c_out), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 class UpLayer(nn.Module):
-    """`doublings` transposed convolutions of width 32, then a 3x3 convolution back to C.
+    """`doublings` transposed convolutions of width 32, then a 3x3 convolution to c_out.
 
-    Official: depth/models_depth/model.py, layer2..layer4.
+    Official: depth/models_depth/model.py, layer2..layer4 and, with kernel 2, decoder.
     """
 
-    def __init__(self, channels: int, doublings: int, width: int = 32):
+    def __init__(self, c_in: int, c_out: int, doublings: int, kernel: int = 4, width: int = 32):
         super().__init__()
-        layers = []
-        for i in range(doublings):
-            deconv = nn.ConvTranspose2d(channels if i == 0 else width, width, 4, stride=2,
-                                        padding=1, bias=False)
-            layers += conv_bn_relu(deconv, width)
-        self.deconv_layers = nn.Sequential(*layers)
-        self.conv_layers = nn.Sequential(
-            *conv_bn_relu(nn.Conv2d(width, channels, 3, padding=1), channels))
+        self.deconv_layers = deconvolutions((c_in, *[width] * doublings), kernel)
+        self.conv_layers = nn.Sequential(nn.Conv2d(width, c_out, 3, padding=1),
+                                         BatchNorm2d(c_out), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h * 2**doublings, w * 2**doublings)."""
+        """(B, c_in, h, w) -> (B, c_out, h * 2**doublings, w * 2**doublings)."""
         return self.conv_layers(self.deconv_layers(x))
 
 
@@ -239,7 +225,8 @@ class FusionNeck(nn.Module):
         c0, c1, c2, c3 = channels
         self.layer1 = nn.Sequential(nn.Conv2d(c0, c0, 3, padding=1), nn.GroupNorm(16, c0),
                                     nn.ReLU())
-        self.layer2, self.layer3, self.layer4 = UpLayer(c1, 1), UpLayer(c2, 2), UpLayer(c3, 3)
+        self.layer2, self.layer3 = UpLayer(c1, c1, 1), UpLayer(c2, c2, 2)
+        self.layer4 = UpLayer(c3, c3, 3)
         self.out_layer = nn.Sequential(nn.Conv2d(sum(channels), c_prompt, 3, padding=1),
                                        nn.GroupNorm(16, c_prompt), nn.ReLU())
         for module in self.modules():
@@ -254,24 +241,6 @@ class FusionNeck(nn.Module):
         return [self.out_layer(torch.cat(maps, dim=1))]
 
 
-class DepthDecoder(nn.Module):
-    """Three doublings of width 32, then a 3x3 convolution to `channels`."""
-
-    def __init__(self, c_in: int, channels: int, width: int = 32):
-        super().__init__()
-        layers = []
-        for i in range(3):
-            deconv = nn.ConvTranspose2d(c_in if i == 0 else width, width, 2, stride=2, bias=False)
-            layers += conv_bn_relu(deconv, width)
-        self.deconv_layers = nn.Sequential(*layers)
-        self.conv_layers = nn.Sequential(
-            *conv_bn_relu(nn.Conv2d(width, channels, 3, padding=1), channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, c_in, h, w) -> (B, channels, 8h, 8w)."""
-        return self.conv_layers(self.deconv_layers(x))
-
-
 class DepthHead(nn.Module):
     """One response map per prompt -> metres in (0, max_depth).
 
@@ -281,7 +250,7 @@ class DepthHead(nn.Module):
     def __init__(self, c_in: int, channels: int, max_depth: float):
         super().__init__()
         self.max_depth = max_depth
-        self.decoder = DepthDecoder(c_in, channels)
+        self.decoder = UpLayer(c_in, channels, 3, kernel=2)
         self.last_layer_depth = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(),
             nn.Conv2d(channels, 1, 3, padding=1))
@@ -308,7 +277,7 @@ def silog(depth: Tensor, target: Tensor) -> Tensor:
 
     sqrt(mean d^2 - 0.5 (mean d)^2), d = ln target - ln depth (official: depth/utils_depth/
     criterion.py).  DEVIATION: variance clamped before the square root, whose gradient is unbounded
-    at 0, and zero loss where no pixel is valid, the official code gives NaN (decisions 13).
+    at 0, and zero loss where no pixel is valid, the official code gives NaN.
     """
     valid = target > 0
     ratio = torch.where(valid, target, 1.0).log() - depth.float().clamp(min=1e-6).log()
@@ -326,18 +295,14 @@ class PoseHead(nn.Module):
     """One response map per prompt -> one heatmap per COCO joint, twice as large per deconvolution.
 
     DEVIATION: the pose code was never released; this is ViTPose's classic decoder on maps of stride
-    8, so one deconvolution gives the family's stride of 4 (decisions 11).  Names are mmpose's.
+    8, so one deconvolution gives the family's stride of 4.  Names are mmpose's.
     """
 
     def __init__(self, c_in: int, widths: tuple[int, ...], sigma: float):
         super().__init__()
         self.sigma = sigma
-        layers = []
-        for wide_in, wide_out in zip((c_in, *widths), widths):
-            deconv = nn.ConvTranspose2d(wide_in, wide_out, 4, stride=2, padding=1, bias=False)
-            layers += conv_bn_relu(deconv, wide_out)
-        self.deconv_layers = nn.Sequential(*layers)
-        self.final_layer = nn.Conv2d((c_in, *widths)[-1], len(pose.KEYPOINTS), 1)
+        self.deconv_layers = deconvolutions((c_in, *widths), kernel=4)
+        self.final_layer = nn.Conv2d((c_in, *widths)[-1], len(udp.KEYPOINTS), 1)
         self.stride = 8 / 2 ** len(widths)               # of the heatmaps, in pixels of the crop
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -353,5 +318,5 @@ class PoseHead(nn.Module):
         heatmaps = self(maps).float()
         size = heatmaps.shape[-2:]
         crop = [int(side * self.stride) for side in size]
-        wanted, weight = pose.heatmap_targets(target, crop, size, self.sigma)
-        return {"mse": pose.keypoint_mse(heatmaps, wanted, weight)}
+        wanted, weight = udp.heatmap_targets(target, crop, size, self.sigma)
+        return {"mse": udp.keypoint_mse(heatmaps, wanted, weight)}

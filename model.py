@@ -14,22 +14,21 @@ Symbols   B images   N prompts   D = 768 prompt width   T passes   H, W image si
           latents (B, 4, H/8, W/8)   temb: timestep embedding   features: the UNet's four outputs
 Trained: everything but the VAE encoder and Stable Diffusion's own time embedding.
 """
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 import json
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from weights import official
-import unet
-import vae
-from weights import files as weights
-from ops.errors import InputError
 from heads import DepthHead, FusionNeck, PoseHead, PyramidNeck, SegHead, resize
+from ops.errors import InputError, read_json
+from ops.settings import from_dict
+from unet import SpatialTransformer, UNet, UNetConfig
+from vae import VAEConfig, VAEEncoder
+from weights import official
+from weights.files import SD15, assemble, find_model, modern_config, read_tensors
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Config:
     """What a model is: saved as config.json beside the weights.  Defaults: ADE20K."""
 
     task: str = "seg"  # "seg", "depth" or "pose"
-    num_prompts: int = 150  # N; paper Table 6 (seg 150), 7 (depth 50), A.3 (pose 150)
+    num_prompts: int = 150  # N; paper Tables 6 (seg 150) and 7 (depth 50), A.3 (pose 150)
     refine_steps: int = 3  # T; paper 4.3
     shared_prompts: bool = True  # one matrix for all passes (official seg), or one per pass (depth)
     prompt_adapter: bool = False  # Linear-GELU-Linear on the prompts (official depth only)
@@ -54,14 +53,8 @@ class Config:
     deconv_channels: tuple[int, ...] = (256,)  # pose: each doubles stride 8's maps; ours
     sigma: float = 4.0  # pose: of a joint's blob, in heatmap pixels; ours, for 576x448
     dropout: float = 0.0  # on channels, before the classifier: 0 on ADE20K, 0.1 on Cityscapes
-    unet_channels: tuple[int, ...] = unet.CHANNELS
-    num_heads: int = unet.NUM_HEADS
-    context_dim: int = unet.CONTEXT_DIM  # D
-    vae_channels: tuple[int, ...] = vae.CHANNELS
-    latent_channels: int = vae.LATENT_CHANNELS  # 4 in Stable Diffusion
-    norm_groups: int = vae.GROUPS  # 32 in Stable Diffusion; a narrow model needs fewer
-    unet_layers: int = unet.LAYERS  # per level: 2 in Stable Diffusion
-    vae_layers: int = vae.LAYERS
+    unet: UNetConfig = UNetConfig()  # D is its context_dim
+    vae: VAEConfig = VAEConfig()
 
     def __post_init__(self):
         if self.task not in ("seg", "depth", "pose"):
@@ -69,26 +62,18 @@ class Config:
         if self.task == "pose" and (3 * self.sigma) % 1:
             raise InputError(f"sigma {self.sigma}: 3 sigma must be an integer, else a blob's "
                              "window is cut off centre")
-        for field in fields(self):  # JSON has no tuples
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+        if self.unet.latent_channels != self.vae.latent_channels:
+            raise InputError(f"the VAE gives {self.vae.latent_channels} latent channels, the UNet "
+                             f"reads {self.unet.latent_channels}")
 
 
 def rearrange(features: Tensor, prompts: Tensor) -> Tensor:
     """Feature rearrangement (3.2.2): how much each position answers to each prompt.
 
-    features (B, D, h, w), prompts (1, N, D) -> responses (B, N, h, w); a plain dot product,
+    features (B, D, h, w), prompts (1 or B, N, D) -> responses (B, N, h, w); a plain dot product,
     neither scaled nor normalised (official: segmentation/models/model.py).
     """
-    return torch.einsum("bdhw,nd->bnhw", features, prompts[0])
-
-
-class PromptAdapter(nn.Sequential):
-    """Two-layer MLP on the prompts, without a residual (official depth model only)."""
-
-    def __init__(self, dim: int):
-        super().__init__(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+    return torch.einsum("bdhw,bnd->bnhw", features, prompts)
 
 
 def enlarge(images: Tensor, scale: int) -> Tensor:
@@ -108,28 +93,26 @@ class MetaPromptModel(nn.Module):
     `encoder` and `backbone` may be given (pretrained); else they start from random weights.
     """
 
-    def __init__(self, config: Config, encoder: vae.VAEEncoder | None = None,
-                 backbone: unet.UNet | None = None):
+    def __init__(self, config: Config, encoder: VAEEncoder | None = None,
+                 backbone: UNet | None = None):
         super().__init__()
         self.config = config
-        N, D, T = config.num_prompts, config.context_dim, config.refine_steps
-        self.vae = encoder or vae.VAEEncoder(config.vae_channels, config.latent_channels,
-                                             config.norm_groups, config.vae_layers)
-        self.unet = backbone or unet.UNet(config.unet_channels, config.num_heads, D,
-                                          config.latent_channels, config.norm_groups,
-                                          config.unet_layers)
+        N, D, T = config.num_prompts, config.unet.context_dim, config.refine_steps
+        self.vae = encoder or VAEEncoder(config.vae)
+        self.unet = backbone or UNet(config.unet)
         rows = 1 if config.shared_prompts else T
         self.prompts = nn.Parameter(torch.randn(rows, N, D))               # paper: random values
-        self.adapters = nn.ModuleList(
-            [PromptAdapter(D) for _ in range(rows if config.prompt_adapter else 0)])
+        self.adapters = nn.ModuleList([                                    # no residual, as official
+            nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D))
+            for _ in range(rows if config.prompt_adapter else 0)])
         if config.modulated_timestep:
             self.temb = nn.Parameter(torch.randn(T, self.unet.temb_dim))
         c_head = N if config.rearrange else D
         if config.task == "seg":
-            self.neck = PyramidNeck(config.unet_channels, D)
+            self.neck = PyramidNeck(config.unet.channels, D)
             self.head = SegHead(c_head, config.head_channels, config.num_classes, config.dropout)
         else:
-            self.neck = FusionNeck(config.unet_channels, D)
+            self.neck = FusionNeck(config.unet.channels, D)
             self.head = (DepthHead(c_head, config.head_channels, config.max_depth)
                          if config.task == "depth" else
                          PoseHead(c_head, config.deconv_channels, config.sigma))
@@ -162,12 +145,8 @@ class MetaPromptModel(nn.Module):
             return self.temb[step:step + 1]
         return self.unet.embed_timestep(torch.zeros(1, device=self.prompts.device))
 
-    def forward(self, images: Tensor, target: Tensor | None = None):
-        """RGB in [0, 1] -> logits or metres at image size, or heatmaps; with a target {name: loss}.
-
-        Any H, W >= 64; for seg B >= 2 in training mode (BatchNorm of a 1x1 map needs two values).
-        """
-        size = images.shape[-2:]                            # images (B, 3, H, W)
+    def refine(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """RGB in [0, 1], any H, W >= 64 -> (features of the last pass, its prompts)."""
         latents = self.encode(images)                       # (B, 4, H/8, W/8)        3.1   frozen
         for step in range(self.config.refine_steps):        # T passes                3.3
             if step > 0:
@@ -175,26 +154,41 @@ class MetaPromptModel(nn.Module):
             prompts = self.context(step)                    # (1, N, D)               3.2.1 learned
             temb = self.timestep(step)                      # (1, 4*C0)               3.3   learned
             features = self.unet(latents, temb, prompts)    # 4 x (B, C_i, h_i, w_i)  3.1
+        return features, prompts
+
+    def responses(self, images: Tensor) -> list[Tensor]:
+        """RGB in [0, 1] -> what the head reads, finest first: a map per prompt, else D channels."""
+        features, prompts = self.refine(images)
         maps = self.neck(features)                          # M x (B, D, h, w)        M = 4, else 1
         if self.config.rearrange:
             maps = [rearrange(m, prompts) for m in maps]    # M x (B, N, h, w)        3.2.2
+        return maps
+
+    def forward(self, images: Tensor, target: Tensor | None = None):
+        """RGB in [0, 1] -> logits or metres at image size, or heatmaps; with a target {name: loss}.
+
+        For seg B >= 2 in training mode (BatchNorm of a 1x1 map needs two values).
+        """
+        maps = self.responses(images)
         if target is None:
-            return self.head(maps, size)                    # (B, classes or 1, H, W), 17 heatmaps
+            return self.head(maps, images.shape[-2:])       # (B, classes or 1, H, W), 17 heatmaps
         return self.head.loss(maps, target)                 # {name: loss}
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """RGB in [0, 1] -> the UNet's last features, 4 x (B, C_i, h_i, w_i), finest first."""
+        return self.refine(images)[0]
 
     def loss(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Named losses of a batch; their sum is what training minimises."""
         return self(images, target)
 
-    # ---------------------------------------------------------------------------------------------
-    # Training
-
     def param_groups(self, lr: float, unet_lr_mult: float, weight_decay: float) -> list[dict]:
         """AdamW groups that cover every trained parameter exactly once, by module identity.
 
         The UNet, and the encoder where it is trained, learn at lr * unet_lr_mult.
-        Segmentation as the official code EFFECTIVELY does it (decisions 8): the norms of the UNet's
-        transformers learn at the full lr without decay, everything else decays.
+        Segmentation as the official code EFFECTIVELY does it (its rule for `norm` goes before
+        `unet`): the norms in the UNet's transformers learn at the full lr without decay, all else
+        decays.
         Depth and pose: 1-D tensors don't decay, prompts and temb do.
         """
         backbone = {id(p) for p in (*self.unet.parameters(), *self.vae.parameters())}
@@ -209,27 +203,20 @@ class MetaPromptModel(nn.Module):
         return [{"params": params, "lr": lr * scale, "lr_scale": scale, "weight_decay": decay}
                 for (scale, decay), params in groups.items()]
 
-    # ---------------------------------------------------------------------------------------------
-    # Loading and saving
-
     @classmethod
-    def from_stable_diffusion(cls, config: Config, source: str = weights.SD15) -> "MetaPromptModel":
+    def from_stable_diffusion(cls, config: Config, source: str = SD15) -> "MetaPromptModel":
         """A new model on pretrained weights: hub id, local folder or single LDM file.
 
-        The widths of `config` are replaced by those of the files.  Raises InputError.
+        `config.unet` and `config.vae` are replaced by the files'.  Raises InputError.
         """
-        encoder = vae.VAEEncoder.from_pretrained(source)
-        backbone = unet.UNet.from_pretrained(source, config.num_heads)
-        config = replace(config, unet_channels=backbone.channels, num_heads=backbone.num_heads,
-                         context_dim=backbone.context_dim, vae_channels=encoder.channels,
-                         latent_channels=encoder.latent_channels, unet_layers=backbone.layers,
-                         vae_layers=encoder.layers)
-        return cls(config, encoder, backbone)
+        encoder = VAEEncoder.from_pretrained(source)
+        backbone = UNet.from_pretrained(source, config.unet.num_heads)
+        return cls(replace(config, unet=backbone.config, vae=encoder.config), encoder, backbone)
 
     @classmethod
     def from_official(cls, path: str | Path, *, max_depth: float = 10.0,
                       resize_scale: int = 1) -> "MetaPromptModel":
-        """One of the authors' checkpoints (see official.py), in evaluation mode.
+        """One of the authors' checkpoints (weights/official.py), in evaluation mode.
 
         The last two matter for depth only and are not in the file: 10 and 1 for NYU v2, 80 and 2
         for KITTI.  Raises InputError if anything is missing, unknown, misshapen or not a tensor.
@@ -237,11 +224,18 @@ class MetaPromptModel(nn.Module):
         values, tensors = official.read(path)
         if values["task"] == "depth":
             values.update(max_depth=max_depth, resize_scale=resize_scale)
-        with torch.device("meta"):
-            model = cls(Config(**values))
-        weights.load_strict(model, tensors, Path(path))
-        model.freeze()
-        return model.eval()
+        config = from_dict(Config, {**asdict(Config()), **values}, str(path))
+        return assemble(cls, config, tensors, Path(path)).eval()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "MetaPromptModel":
+        """Load what `save_pretrained` wrote, from a folder or a hub id, in evaluation mode.
+
+        Raises InputError naming the file if something is missing, unknown, misshapen or truncated.
+        """
+        folder = find_model(str(source))
+        config, path = read_config(folder / "config.json"), folder / "model.safetensors"
+        return assemble(cls, config, read_tensors(path), path).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder` (made if it does not exist)."""
@@ -251,52 +245,16 @@ class MetaPromptModel(nn.Module):
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    @classmethod
-    def from_pretrained(cls, source: str | Path) -> "MetaPromptModel":
-        """Load what `save_pretrained` wrote, from a folder or a hub id, in evaluation mode.
 
-        Raises InputError naming the file if something is missing, unknown, misshapen or truncated.
-        """
-        folder = find_model(str(source))
-        config = read_config(folder / "config.json")
-        with torch.device("meta"):
-            model = cls(config)
-        weights.load_strict(model, weights.read_tensors(folder / "model.safetensors"),
-                            folder / "model.safetensors")
-        model.freeze()
-        return model.eval()
-
-
-def transformer_norms(backbone: unet.UNet):
+def transformer_norms(backbone: UNet):
     """Parameters of the norms in the UNet's transformers: 128 tensors."""
-    for module in backbone.modules():
-        if isinstance(module, unet.SpatialTransformer):
-            yield from module.norm.parameters()
-        if isinstance(module, unet.TransformerBlock):
-            for norm in (module.norm1, module.norm2, module.norm3):
-                yield from norm.parameters()
-
-
-def find_model(source: str) -> Path:
-    """Folder of a saved model: `source` itself, or the hub's snapshot of it."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or folder.is_absolute() or source.startswith((".", "~")):
-        raise InputError(f"{source} is no folder: give one that holds config.json and "
-                         "model.safetensors, or OWNER/NAME on the hub")
-    try:
-        return Path(snapshot_download(source, allow_patterns=["config.json", "model.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{source} is neither a folder nor to be had from the hub "
-                         f"({type(error).__name__})") from None
+    for transformer in backbone.modules():
+        if isinstance(transformer, SpatialTransformer):
+            for module in transformer.modules():
+                if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                    yield from module.parameters()
 
 
 def read_config(path: Path) -> Config:
-    """config.json -> Config; InputError naming an unknown field."""
-    values = weights.read_json(path)
-    known = {field.name for field in fields(Config)}
-    for name in values:
-        if name not in known:
-            raise InputError(f"{path}: unknown field {name}; known: {', '.join(sorted(known))}")
-    return Config(**values)
+    """config.json -> Config; InputError naming the field that is wrong."""
+    return from_dict(Config, modern_config(read_json(path), asdict(Config())), str(path))

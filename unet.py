@@ -15,31 +15,26 @@ temb: time embedding, (B, 4*C0).   context: what cross-attention reads, (B, N, D
 batch size 1, which means "the same for every image" and costs their projections only once.
 """
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from weights import files as weights
-from ops.errors import InputError
+from weights.files import SD15, assemble, read_part, unet_sizes
 
-CHANNELS = (320, 640, 1280, 1280)  # SD1.5, per level: 1/8, 1/16, 1/32, 1/64
-NUM_HEADS = 8  # at every level; HF's config calls this number "attention_head_dim"
-CONTEXT_DIM = 768  # D
-LATENT_CHANNELS = 4  # of SD1.5
-GROUPS = 32  # of every GroupNorm, in SD1.5
-LAYERS = 2  # per level on the way down, one more on the way up; 1 in distilled ones (BK-SDM-Base)
-SD1_CONFIG = {  # what a config.json must say (or leave out) for this file to be the same model
-    "act_fn": "silu", "in_channels": 4, "out_channels": 4,
-    "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
-    "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
-    "use_linear_projection": False, "only_cross_attention": False, "dual_cross_attention": False,
-    "class_embed_type": None, "addition_embed_type": None, "num_class_embeds": None,
-    "resnet_time_scale_shift": "default", "transformer_layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of a UNet.  Defaults: SD1.5.  BK-SDM-Base: layers=1."""
+
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # per level: 1/8, 1/16, 1/32, 1/64
+    layers: int = 2  # per level on the way down, one more on the way up
+    num_heads: int = 8  # at every level; HF's config calls this number "attention_head_dim"
+    context_dim: int = 768  # D
+    latent_channels: int = 4  # in and out
+    groups: int = 32  # of every GroupNorm
 
 
 class TimestepEmbedding(nn.Module):
@@ -62,12 +57,12 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, conv, twice, around a skip; the timestep shifts the middle."""
 
-    def __init__(self, c_in: int, c_out: int, c_temb: int, groups: int):
+    def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-5)
+        self.norm1 = nn.GroupNorm(config.groups, c_in, eps=1e-5)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(c_temb, c_out)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-5)
+        self.time_emb_proj = nn.Linear(4 * config.channels[0], c_out)
+        self.norm2 = nn.GroupNorm(config.groups, c_out, eps=1e-5)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
@@ -102,42 +97,30 @@ class Attention(nn.Module):
         return self.to_out[0](h.transpose(1, 2).reshape(B, L, C))
 
 
-class GEGLU(nn.Module):
-    """Linear layer whose second half gates the first through GELU."""
-
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__()
-        self.proj = nn.Linear(c_in, 2 * c_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, c_in) -> (B, L, c_out)."""
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
-
-
 class FeedForward(nn.Module):
-    """GEGLU, then back to C."""
+    """GEGLU, a linear layer whose second half gates the first through GELU, then back to C."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels),
+        self.net = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(channels, 8 * channels)}),
                                   nn.Identity(),  # HF keeps a dropout here; ours keeps its number
                                   nn.Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
-        return self.net[2](self.net[0](x))
+        x, gate = self.net[0]["proj"](x).chunk(2, dim=-1)                  # 2 x (B, L, 4C)
+        return self.net[2](x * F.gelu(gate))
 
 
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention (where the meta prompts enter), feed-forward."""
 
-    def __init__(self, channels: int, c_context: int, num_heads: int):
+    def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, channels, num_heads)
+        self.attn1 = Attention(channels, channels, config.num_heads)
         self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, c_context, num_heads)
+        self.attn2 = Attention(channels, config.context_dim, config.num_heads)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
@@ -152,11 +135,11 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer block over the positions of a feature map, around a skip."""
 
-    def __init__(self, channels: int, c_context: int, num_heads: int, groups: int):
+    def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-5 in the residual blocks
+        self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)  # 1e-5 in the residual blocks
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, c_context, num_heads)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, config)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -174,41 +157,19 @@ def pointwise(conv: nn.Conv2d, tokens: Tensor) -> Tensor:
     return F.linear(tokens, conv.weight[:, :, 0, 0], conv.bias)
 
 
-class Downsample(nn.Module):
-    """Halve the size (rounding up) by a stride-2 convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))."""
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    """Double the size by repetition, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class DownBlock(nn.Module):
     """A level of the encoder: its layers, then half the size on all levels but the last."""
 
-    def __init__(self, c_in, c_out, c_temb, c_context, num_heads, groups, layers, attention,
-                 downsample):
+    def __init__(self, c_in: int, c_out: int, config: UNetConfig, *, attention: bool,
+                 downsample: bool):
         super().__init__()
-        inputs = [c_in] + [c_out] * (layers - 1)
-        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, c_temb, groups) for c in inputs])
-        self.attentions = nn.ModuleList([SpatialTransformer(c_out, c_context, num_heads, groups)
-                                         for _ in range(layers if attention else 0)])
-        self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
+        inputs = [c_in] + [c_out] * (config.layers - 1)
+        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, config) for c in inputs])
+        self.attentions = nn.ModuleList([SpatialTransformer(c_out, config)
+                                         for _ in inputs if attention])
+        self.downsamplers = nn.ModuleList([                                # HF says 0.conv
+            nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, stride=2, padding=1)})
+        ] if downsample else [])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
         """The level's outputs in order; each is a skip connection, the last one goes on down."""
@@ -219,19 +180,17 @@ class DownBlock(nn.Module):
                 x = self.attentions[i](x, context)
             skips.append(x)
         for downsample in self.downsamplers:
-            skips.append(downsample(x))
+            skips.append(downsample["conv"](x))          # sizes are rounded up
         return skips
 
 
 class MidBlock(nn.Module):
     """Layer at the bottom of the UNet: residual block, transformer, residual block."""
 
-    def __init__(self, channels, c_temb, c_context, num_heads, groups):
+    def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
-        self.attentions = nn.ModuleList([
-            SpatialTransformer(channels, c_context, num_heads, groups)])
-        self.resnets = nn.ModuleList([
-            ResnetBlock(channels, channels, c_temb, groups) for _ in range(2)])
+        self.attentions = nn.ModuleList([SpatialTransformer(channels, config)])
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, config) for _ in range(2)])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -244,16 +203,18 @@ class UpBlock(nn.Module):
     twice the size.  The last skip comes from the finer level and has its width, `c_finer`.
     """
 
-    def __init__(self, c_in, c_finer, c_out, c_temb, c_context, num_heads, groups, layers,
-                 attention, upsample):
+    def __init__(self, c_in: int, c_finer: int, c_out: int, config: UNetConfig, *,
+                 attention: bool, upsample: bool):
         super().__init__()
-        inputs = [c_in] + [c_out] * layers
-        c_skips = [c_out] * layers + [c_finer]
-        self.resnets = nn.ModuleList([ResnetBlock(c + skip, c_out, c_temb, groups)
-                                      for c, skip in zip(inputs, c_skips)])
-        self.attentions = nn.ModuleList([SpatialTransformer(c_out, c_context, num_heads, groups)
-                                         for _ in range(layers + 1 if attention else 0)])
-        self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
+        inputs = [c_in] + [c_out] * config.layers
+        c_skips = [c_out] * config.layers + [c_finer]
+        self.resnets = nn.ModuleList([ResnetBlock(c + c_skip, c_out, config)
+                                      for c, c_skip in zip(inputs, c_skips)])
+        self.attentions = nn.ModuleList([SpatialTransformer(c_out, config)
+                                         for _ in inputs if attention])
+        self.upsamplers = nn.ModuleList([                                  # HF says 0.conv
+            nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, padding=1)})
+        ] if upsample else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor,
                 context: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,13 +226,14 @@ class UpBlock(nn.Module):
                 x = self.attentions[i](x, context)
             outputs.append(x)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = upsample["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return x, outputs[-2] if len(self.upsamplers) > 0 else outputs[-1]
 
 
 def fit_skip(skip: Tensor, x: Tensor) -> Tensor:
-    """Resize a skip to x where an odd size was rounded up on the way down (decisions 5).
+    """Resize a skip to x where an odd size was rounded up on the way down.
 
+    Official: meta_prompts/models.py, before each concatenation.
     diffusers shrinks x to the skip instead; the two agree at multiples of 64 pixels.
     """
     if skip.shape[-2:] == x.shape[-2:]:
@@ -280,37 +242,31 @@ def fit_skip(skip: Tensor, x: Tensor) -> Tensor:
 
 
 class UNet(nn.Module):
-    """SD1.x's UNet; `channels` per level, multiples of `num_heads` and of the norms' `groups`.
+    """SD1.x's UNet."""
 
-    `gradient_checkpointing` recomputes each block in the backward pass instead of storing it.
-    """
-
-    def __init__(self, channels: tuple[int, ...] = CHANNELS, num_heads: int = NUM_HEADS,
-                 context_dim: int = CONTEXT_DIM, latent_channels: int = LATENT_CHANNELS,
-                 groups: int = GROUPS, layers: int = LAYERS):
+    def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
-        c0, c1, c2, c3 = self.channels = tuple(channels)
-        self.num_heads, self.context_dim, self.temb_dim = num_heads, context_dim, 4 * c0
-        self.layers, self.gradient_checkpointing = layers, False
-        rest = (self.temb_dim, context_dim, num_heads, groups)
+        c0, c1, c2, c3 = config.channels
+        self.config, self.temb_dim = config, 4 * c0
+        self.gradient_checkpointing = False              # True: see `run`
 
         self.time_embedding = TimestepEmbedding(c0, self.temb_dim)
-        self.conv_in = nn.Conv2d(latent_channels, c0, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.latent_channels, c0, 3, padding=1)
         self.down_blocks = nn.ModuleList([
-            DownBlock(c0, c0, *rest, layers, attention=True, downsample=True),
-            DownBlock(c0, c1, *rest, layers, attention=True, downsample=True),
-            DownBlock(c1, c2, *rest, layers, attention=True, downsample=True),
-            DownBlock(c2, c3, *rest, layers, attention=False, downsample=False),
+            DownBlock(c0, c0, config, attention=True, downsample=True),
+            DownBlock(c0, c1, config, attention=True, downsample=True),
+            DownBlock(c1, c2, config, attention=True, downsample=True),
+            DownBlock(c2, c3, config, attention=False, downsample=False),
         ])
-        self.mid_block = MidBlock(c3, *rest)
+        self.mid_block = MidBlock(c3, config)
         self.up_blocks = nn.ModuleList([
-            UpBlock(c3, c2, c3, *rest, layers, attention=False, upsample=True),
-            UpBlock(c3, c1, c2, *rest, layers, attention=True, upsample=True),
-            UpBlock(c2, c0, c1, *rest, layers, attention=True, upsample=True),
-            UpBlock(c1, c0, c0, *rest, layers, attention=True, upsample=False),
+            UpBlock(c3, c2, c3, config, attention=False, upsample=True),
+            UpBlock(c3, c1, c2, config, attention=True, upsample=True),
+            UpBlock(c2, c0, c1, config, attention=True, upsample=True),
+            UpBlock(c1, c0, c0, config, attention=True, upsample=False),
         ])
-        self.conv_norm_out = nn.GroupNorm(groups, c0, eps=1e-5)
-        self.conv_out = nn.Conv2d(c0, latent_channels, 3, padding=1)
+        self.conv_norm_out = nn.GroupNorm(config.groups, c0, eps=1e-5)
+        self.conv_out = nn.Conv2d(c0, config.latent_channels, 3, padding=1)
 
     def embed_timestep(self, timesteps: Tensor) -> Tensor:
         """Stable Diffusion's own embedding: (B,) timesteps in 0..999 -> temb (B, 4*C0)."""
@@ -339,40 +295,18 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(feature)))
 
     def run(self, block: nn.Module, *inputs):
-        """Call a block; with gradient checkpointing keep its inputs only and recompute the rest."""
+        """Call a block; with gradient checkpointing keep its inputs only, recompute the rest."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
     @classmethod
-    def from_pretrained(cls, source: str = weights.SD15, num_heads: int = NUM_HEADS) -> "UNet":
-        """Load from a hub id, a local Hugging Face folder or a single LDM file (see weights.py).
+    def from_pretrained(cls, source: str = SD15, num_heads: int = 8) -> "UNet":
+        """Load from a hub id, a local Hugging Face folder or a single LDM file (weights/files.py).
 
-        Widths, D and layers come from the file, the number of heads from config.json (from
-        `num_heads` for a single file, which does not hold it).  Raises InputError if it is missing,
+        A single file does not hold the number of heads.  Raises InputError if the file is missing,
         broken or no SD1.x UNet.
         """
-        tensors, config, path = weights.read_part(source, "unet")
-        check_config(config, path)
-        names = [f"down_blocks.{level}.resnets.0.conv1.weight" for level in range(4)]
-        channels = weights.widths(tensors, names, path)
-        key = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-        context_dim = tensors[key].shape[1] if key in tensors else CONTEXT_DIM
-        layers = 2 if "down_blocks.0.resnets.1.conv1.weight" in tensors else 1
-        with torch.device("meta"):
-            unet = cls(channels, config.get("attention_head_dim", num_heads), context_dim,
-                       layers=layers)
-        weights.load_strict(unet, tensors, path)
-        return unet
-
-
-def check_config(config: dict, path) -> None:
-    """InputError if a Hugging Face config.json describes another architecture than SD1.x's."""
-    for key, expected in SD1_CONFIG.items():
-        found = config.get(key, expected)
-        if found != expected and found is not None:
-            raise InputError(f"{path.parent / 'config.json'}: {key} is {found}, a Stable Diffusion "
-                             f"1.x UNet has {expected}")
-    if not isinstance(config.get("attention_head_dim", NUM_HEADS), int):
-        raise InputError(f"{path.parent / 'config.json'}: attention_head_dim is "
-                         f"{config['attention_head_dim']}, a Stable Diffusion 1.x UNet has 8")
+        tensors, values, path = read_part(source, "unet")
+        sizes = unet_sizes(tensors, {"attention_head_dim": num_heads, **values}, path)
+        return assemble(cls, UNetConfig(**sizes), tensors, path)

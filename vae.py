@@ -7,17 +7,25 @@ is not needed and not written.  Three facts that rewrites get wrong:
   * every GroupNorm uses eps 1e-6 (the UNet's residual blocks use 1e-5);
   * perception reads the posterior MEAN: no sampling, and no factor 0.18215 (see model.py).
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weights import files as weights
+from weights.files import SD15, assemble, read_part, vae_sizes
 
-CHANNELS = (128, 256, 512, 512)  # SD1.5, per level: 1/1, 1/2, 1/4, 1/8
-LATENT_CHANNELS = 4  # of SD1.5
-GROUPS = 32  # of every GroupNorm, in SD1.5
-LAYERS = 2  # residual blocks per level, in SD1.5
 EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of an encoder.  Defaults: SD1.5."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)  # per level: 1/1, 1/2, 1/4, 1/8
+    layers: int = 2  # residual blocks per level
+    latent_channels: int = 4
+    groups: int = 32  # of every GroupNorm
 
 
 class ResnetBlock(nn.Module):
@@ -71,12 +79,12 @@ class Downsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks (two in SD1.5), then half the size on all levels but the last."""
+    """Residual blocks, then half the size on all levels but the last."""
 
-    def __init__(self, c_in: int, c_out: int, groups: int, layers: int, downsample: bool):
+    def __init__(self, c_in: int, c_out: int, config: VAEConfig, downsample: bool):
         super().__init__()
-        inputs = [c_in] + [c_out] * (layers - 1)
-        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, groups) for c in inputs])
+        inputs = [c_in] + [c_out] * (config.layers - 1)
+        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, config.groups) for c in inputs])
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,19 +110,19 @@ class MidBlock(nn.Module):
 class Encoder(nn.Module):
     """Image -> the 8 moments (4 means, 4 log-variances), before `quant_conv`."""
 
-    def __init__(self, channels: tuple[int, ...], moments: int, groups: int, layers: int):
+    def __init__(self, config: VAEConfig):
         super().__init__()
-        c0, c1, c2, c3 = channels
+        c0, c1, c2, c3 = config.channels
         self.conv_in = nn.Conv2d(3, c0, 3, padding=1)
         self.down_blocks = nn.ModuleList([
-            DownBlock(c0, c0, groups, layers, downsample=True),                    # 1/1 -> 1/2
-            DownBlock(c0, c1, groups, layers, downsample=True),                    # 1/2 -> 1/4
-            DownBlock(c1, c2, groups, layers, downsample=True),                    # 1/4 -> 1/8
-            DownBlock(c2, c3, groups, layers, downsample=False),                   # 1/8
+            DownBlock(c0, c0, config, downsample=True),                    # 1/1 -> 1/2
+            DownBlock(c0, c1, config, downsample=True),                    # 1/2 -> 1/4
+            DownBlock(c1, c2, config, downsample=True),                    # 1/4 -> 1/8
+            DownBlock(c2, c3, config, downsample=False),                   # 1/8
         ])
-        self.mid_block = MidBlock(c3, groups)
-        self.conv_norm_out = nn.GroupNorm(groups, c3, eps=EPS)
-        self.conv_out = nn.Conv2d(c3, moments, 3, padding=1)
+        self.mid_block = MidBlock(c3, config.groups)
+        self.conv_norm_out = nn.GroupNorm(config.groups, c3, eps=EPS)
+        self.conv_out = nn.Conv2d(c3, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 8, H/8, W/8)."""
@@ -128,16 +136,13 @@ class Encoder(nn.Module):
 
 
 class VAEEncoder(nn.Module):
-    """SD1.5's VAE encoder; `channels` per level, multiples of the GroupNorms' `groups`."""
+    """SD1.5's VAE encoder."""
 
-    def __init__(self, channels: tuple[int, ...] = CHANNELS,
-                 latent_channels: int = LATENT_CHANNELS, groups: int = GROUPS,
-                 layers: int = LAYERS):
+    def __init__(self, config: VAEConfig = VAEConfig()):
         super().__init__()
-        self.channels, self.latent_channels = tuple(channels), latent_channels
-        self.layers = layers
-        self.encoder = Encoder(self.channels, 2 * latent_channels, groups, layers)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.config, moments = config, 2 * config.latent_channels
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(moments, moments, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Posterior mean of RGB images in [-1, 1], unscaled.
@@ -145,20 +150,13 @@ class VAEEncoder(nn.Module):
         (B, 3, H, W) -> (B, 4, H/8, W/8); each of the three halvings rounds down.
         """
         moments = self.quant_conv(self.encoder(images))                    # (B, 8, H/8, W/8)
-        return moments[:, :self.latent_channels].contiguous()
+        return moments[:, :self.config.latent_channels].contiguous()
 
     @classmethod
-    def from_pretrained(cls, source: str = weights.SD15) -> "VAEEncoder":
-        """Load from a hub id, a local Hugging Face folder or a single LDM file (see weights.py).
+    def from_pretrained(cls, source: str = SD15) -> "VAEEncoder":
+        """Load from a hub id, a Hugging Face folder or a single LDM file, see weights/files.py.
 
-        Widths and layers come from the file.  Raises InputError if it is missing, broken or another
-        model.
+        Raises InputError if it is missing, broken or another model.
         """
-        tensors, _, path = weights.read_part(source, "vae")
-        names = [f"encoder.down_blocks.{level}.resnets.0.conv1.weight" for level in range(4)]
-        channels = weights.widths(tensors, names, path)
-        layers = 2 if "encoder.down_blocks.0.resnets.1.conv1.weight" in tensors else 1
-        with torch.device("meta"):
-            vae = cls(channels, layers=layers)
-        weights.load_strict(vae, tensors, path)
-        return vae
+        tensors, values, path = read_part(source, "vae")
+        return assemble(cls, VAEConfig(**vae_sizes(tensors, values, path)), tensors, path)

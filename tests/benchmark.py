@@ -42,11 +42,11 @@ from composition import (  # noqa: E402
     sized_recipe, step_calls)
 from oracles import diffusers_unet, diffusers_vae  # noqa: E402
 
-import oks  # noqa: E402
 import train  # noqa: E402
 from heads import lovasz_softmax  # noqa: E402
-from unet import CHANNELS  # noqa: E402
-from vae import CHANNELS as VAE_CHANNELS  # noqa: E402
+from ops import oks  # noqa: E402
+from unet import UNetConfig  # noqa: E402
+from vae import VAEConfig  # noqa: E402
 
 for of, kernel in (  # torch's counter doesn't know the CPU's attention
         (flop_counter.sdpa_flop, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu),
@@ -311,8 +311,8 @@ def loading(rounds: int):
     """Time and peak memory of loading SD1.5-size files, each loader in a process of its own."""
     row = {"case": "loading UNet and VAE", "peer": "diffusers", "dtype": "float32"}
     with tempfile.TemporaryDirectory() as folder:
-        for part, model in (("unet", diffusers_unet(CHANNELS, context_dim=768)),
-                            ("vae", diffusers_vae(VAE_CHANNELS))):
+        for part, model in (("unet", diffusers_unet(UNetConfig().channels, context_dim=768)),
+                            ("vae", diffusers_vae(VAEConfig().channels))):
             model.save_pretrained(Path(folder) / part)
         del model
         row["files_gb"] = sum(p.stat().st_size for p in Path(folder).rglob("*.safetensors")) / 1e9

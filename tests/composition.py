@@ -18,8 +18,8 @@ from heads import IGNORE
 from model import MetaPromptModel, enlarge, rearrange
 from oracles import randomise
 from tasks.recipes import RECIPES, Recipe
-from unet import UNet
-from vae import VAEEncoder
+from unet import UNet, UNetConfig
+from vae import VAEConfig, VAEEncoder
 
 N_CLASSES = 150
 DATASETS = {"seg": "ade20k", "depth": "nyu", "pose": "coco"}  # whose recipes are measured
@@ -31,8 +31,10 @@ def peer_unet(ours: UNet) -> UNet2DConditionModel:
     """diffusers' UNet of the same widths, with our Parameters; whose `requires_grad` is set."""
     with torch.device("meta"):
         peer = UNet2DConditionModel(
-            block_out_channels=ours.channels, attention_head_dim=ours.num_heads,
-            cross_attention_dim=ours.context_dim, layers_per_block=ours.layers, sample_size=64)
+            block_out_channels=ours.config.channels, attention_head_dim=ours.config.num_heads,
+            cross_attention_dim=ours.config.context_dim, layers_per_block=ours.config.layers,
+            in_channels=ours.config.latent_channels, out_channels=ours.config.latent_channels,
+            norm_num_groups=ours.config.groups, sample_size=64)
     peer.load_state_dict(ours.state_dict(keep_vars=True), assign=True)
     return peer
 
@@ -41,8 +43,9 @@ def peer_vae(ours: VAEEncoder) -> AutoencoderKL:
     """diffusers' autoencoder without its decoder, with our Parameters (as `peer_unet`)."""
     with torch.device("meta"):
         peer = AutoencoderKL(
-            block_out_channels=ours.channels, latent_channels=ours.latent_channels,
-            layers_per_block=ours.layers, down_block_types=["DownEncoderBlock2D"] * 4,
+            block_out_channels=ours.config.channels, norm_num_groups=ours.config.groups,
+            latent_channels=ours.config.latent_channels,
+            layers_per_block=ours.config.layers, down_block_types=["DownEncoderBlock2D"] * 4,
             up_block_types=["UpDecoderBlock2D"] * 4)
     del peer.decoder, peer.post_quant_conv               # a user who minds memory would do so
     peer.load_state_dict(ours.state_dict(keep_vars=True), assign=True)
@@ -169,7 +172,8 @@ def cases(args, device):
     recipe = sized_recipe(args, "seg", 1, training=False)
     B, side = recipe.batch, recipe.crop // 8
     with device:
-        ours = UNet(recipe.unet_channels, recipe.num_heads, recipe.context_dim)
+        ours = UNet(UNetConfig(recipe.unet_channels, num_heads=recipe.num_heads,
+                               context_dim=recipe.context_dim))
         latents = torch.randn(B, 4, side, side)
         timesteps = torch.zeros(B, dtype=torch.long)
         context = torch.randn(1, recipe.num_prompts, recipe.context_dim).expand(B, -1, -1)
@@ -178,7 +182,7 @@ def cases(args, device):
     yield "UNet forward+backward", OurNoise(ours), PeerNoise(peer), inputs, backward_of
     del peer, ours
     with device:
-        ours = VAEEncoder(recipe.vae_channels)
+        ours = VAEEncoder(VAEConfig(recipe.vae_channels))
         images = torch.rand(B, 3, 8 * side, 8 * side) * 2 - 1
     peer = peer_vae(randomise(ours))
     yield "VAE encode", ours, PeerMean(peer), (images,), forward_of

@@ -1,4 +1,4 @@
-"""HF -> LDM names, written the other way round than weights.py, as an independent check."""
+"""HF -> LDM names, written the other way round than weights/ldm.py, as an independent check."""
 import re
 
 UNET_LEAF = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",

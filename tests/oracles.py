@@ -25,17 +25,20 @@ def relative_error(ours: Tensor, oracle: Tensor) -> float:
     return ((ours - oracle).abs().max() / oracle.abs().max()).item()
 
 
-def diffusers_unet(channels=LEVELS, heads: int = 8, context_dim: int = 48, layers: int = 2):
+def diffusers_unet(channels=LEVELS, heads: int = 8, context_dim: int = 48, layers: int = 2,
+                   groups: int = 32, latents: int = 4):
     """diffusers' UNet with SD1.5's configuration, at the given width, random weights."""
     return randomise(UNet2DConditionModel(
         block_out_channels=channels, attention_head_dim=heads, cross_attention_dim=context_dim,
-        layers_per_block=layers, sample_size=64))
+        layers_per_block=layers, norm_num_groups=groups, in_channels=latents, out_channels=latents,
+        sample_size=64))
 
 
-def diffusers_vae(channels=LEVELS, layers: int = 2):
+def diffusers_vae(channels=LEVELS, layers: int = 2, groups: int = 32, latents: int = 4):
     """diffusers' AutoencoderKL with SD1.5's configuration, at the given width, random weights."""
     return randomise(AutoencoderKL(
-        block_out_channels=channels, latent_channels=4, layers_per_block=layers,
+        block_out_channels=channels, latent_channels=latents, layers_per_block=layers,
+        norm_num_groups=groups,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4))
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_train import TINY, recipe, run
 
 from tools import ablate
+from model import MetaPromptModel
 from weights import checkpoint
 from tasks import recipes
 import train
@@ -106,7 +107,7 @@ def test_training_leaves_fixed_prompts_and_moves_their_adapters(tmp_path, task):
     assert made.num_prompts == 6 and made.prompt_adapter
     before = train.build_model(made, ("a", "b")).adapters.state_dict()
     train.train(made, resume=False)
-    model = checkpoint.load_model(tmp_path / "r" / "last")
+    model = MetaPromptModel.from_pretrained(tmp_path / "r" / "last")
     assert len(model.prompts) == (1 if task == "seg" else 2)
     assert all(torch.equal(row, load_file(path)["embeddings"]) for row in model.prompts)
     assert not any(torch.equal(v, before[k]) for k, v in model.adapters.state_dict().items())
@@ -236,7 +237,7 @@ BAD_STARTS = [(["--num-prompts", "5"], "num_prompts 4 (here 5)"),
               (["--no-rearrange"], "rearrange True (here False)"),
               (["--latent-scale", "0.5"], "latent_scale 1.0 (here 0.5)"),
               (["--task", "depth"], "task seg (here depth)"),
-              (["--unet-channels", "32", "64", "64", "64"], "unet_channels"),
+              (["--unet-channels", "32", "64", "64", "64"], r"unet\.channels"),
               (["--backbone", "a/b"], "train_encoder True (here False)")]
 
 

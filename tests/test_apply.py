@@ -27,6 +27,8 @@ from ops import udp as pose
 import predict
 from ops.errors import InputError
 from model import Config, MetaPromptModel
+from unet import UNetConfig
+from vae import VAEConfig
 from predict import PROTOCOLS, DepthProtocol, PoseProtocol, Protocol
 
 
@@ -401,9 +403,9 @@ def test_tiny_images_hold_a_person():
 # ------------------------------------------------------------------------------------------------
 # The command
 
-TINY = dict(num_prompts=5, refine_steps=2, head_channels=16, unet_channels=(16,) * 4, num_heads=1,
-            context_dim=16, vae_channels=(8, 8, 8, 8), norm_groups=4, unet_layers=1, vae_layers=1,
-            sigma=2.0, deconv_channels=(8,), num_classes=7, max_depth=80.0)
+TINY = dict(num_prompts=5, refine_steps=2, head_channels=16,
+            unet=UNetConfig((16,) * 4, layers=1, num_heads=1, context_dim=16, groups=4),
+            vae=VAEConfig((8,) * 4, layers=1, groups=4), sigma=2.0, deconv_channels=(8,), num_classes=7, max_depth=80.0)
 MADE = {"seg": ("labels", "overlay"), "depth": ("depth", "depth_colour"), "pose": ("people",)}
 
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_model import build
 
-from weights import checkpoint
+from model import MetaPromptModel
 from ops.errors import InputError
+from weights import checkpoint
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_last_restores_model_and_optimiser(tmp_path, stepped):
     """Weights and moments come back bit for bit, under the parameters' names."""
     model, optimizer = stepped
     checkpoint.save_last(tmp_path, model, optimizer, {"step": 1, "best": 0.5})
-    loaded = checkpoint.load_model(checkpoint.find_last(tmp_path))
+    loaded = MetaPromptModel.from_pretrained(checkpoint.find_last(tmp_path)).train()
     fresh = torch.optim.AdamW(loaded.param_groups(1e-3, 0.1, 0.01), fused=True)
     checkpoint.load_optimizer(tmp_path / "last", loaded, fresh)
     for (name, a), b in zip(model.named_parameters(), loaded.parameters()):
@@ -42,10 +43,10 @@ def test_last_restores_model_and_optimiser(tmp_path, stepped):
 
 
 def test_loaded_tensors_have_memory_of_their_own(tmp_path, stepped):
-    """After load_model the files may go: nothing is mapped to them, all tensors are aligned."""
+    """After own_memory the files may go: nothing is mapped to them, all tensors are aligned."""
     model, optimizer = stepped
     checkpoint.save_last(tmp_path, model, optimizer, {"step": 1})
-    loaded = checkpoint.load_model(tmp_path / "last")
+    loaded = checkpoint.own_memory(MetaPromptModel.from_pretrained(tmp_path / "last"))
     shutil.rmtree(tmp_path / "last")
     assert all(p.data_ptr() % 64 == 0 for p in loaded.parameters())
     assert torch.equal(loaded.prompts, model.prompts)
@@ -76,7 +77,7 @@ def test_dying_while_saving_leaves_a_complete_checkpoint(tmp_path, stepped, monk
             checkpoint.save_last(tmp_path, model, optimizer, {"step": 2})
     folder = checkpoint.find_last(tmp_path)
     assert '"step": 1' in (folder / "state.json").read_text()
-    checkpoint.load_model(folder)
+    MetaPromptModel.from_pretrained(folder)
     checkpoint.save_last(tmp_path, model, optimizer, {"step": 3})
     assert '"step": 3' in (checkpoint.find_last(tmp_path) / "state.json").read_text()
 
@@ -94,7 +95,7 @@ def test_broken_checkpoints_are_refused_by_name(tmp_path, stepped):
     with pytest.raises(InputError, match=r"prompts:exp_avg has shape \(1, 2, 3\)"):
         checkpoint.load_optimizer(tmp_path / "last", model, optimizer)
     os.truncate(tmp_path / "last" / "model.safetensors", 5000)
-    with pytest.raises(InputError, match="model.safetensors is no complete safetensors"):
-        checkpoint.load_model(tmp_path / "last")
+    with pytest.raises(InputError, match="model.safetensors is not a complete .safetensors"):
+        MetaPromptModel.from_pretrained(tmp_path / "last")
     with pytest.raises(InputError, match="is it a run folder"):
         checkpoint.find_last(tmp_path / "empty")

@@ -26,6 +26,8 @@ from sets import coco as pose_data
 import predict
 from ops.errors import InputError
 from model import Config, MetaPromptModel
+from unet import UNetConfig
+from vae import VAEConfig
 from predict import PoseProtocol, Protocol
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "seg.json").read_text())
@@ -252,8 +254,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     config = Config(num_prompts=6, refine_steps=2, num_classes=7, head_channels=16,
-                    unet_channels=(32, 32, 32, 32), num_heads=2, context_dim=32,
-                    vae_channels=(32, 32, 32, 32))
+                    unet=UNetConfig((32, 32, 32, 32), num_heads=2, context_dim=32),
+                    vae=VAEConfig((32, 32, 32, 32)))
     MetaPromptModel(config).save_pretrained(folder / "best")
     recipe = {"dataset": "shapes", "crop": 64, "val_scenes": 3}
     (folder / "recipe.json").write_text(json.dumps(recipe))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import heads
-from ops import udp as pose
+from ops import udp
 from heads import IGNORE, ConvBNReLU, FCNHead, PyramidNeck, SegHead, UPerHead
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "seg.json").read_text())["losses"]
@@ -264,7 +264,7 @@ def test_neck_computation():
 
 
 def uper_functional(state, levels):
-    """UPerHead's logits from its tensors alone, written after the description in spec A.1."""
+    """UPerHead's logits from its tensors alone, written after mmsegmentation 0.30.0's UPerHead."""
     def cbr(name, x):
         weight = state[f"{name}.conv.weight"]
         mean, var, gain, bias = (state[f"{name}.bn.{k}"][:, None, None] for k in
@@ -364,7 +364,7 @@ def test_losses_train_every_parameter():
 # ------------------------------------------------------------------------------------------------
 # Depth
 
-def test_silog_is_the_spec_formula():
+def test_silog_is_the_papers_formula():
     """sqrt(mean d^2 - 0.5 (mean d)^2) over the valid pixels of the whole batch."""
     torch.manual_seed(0)
     depth, target = torch.rand(2, 5, 6) * 9 + 0.5, torch.rand(2, 5, 6) * 9 + 0.5
@@ -431,7 +431,7 @@ def test_depth_lies_between_zero_and_the_maximum(size):
 
 @pytest.mark.parametrize("widths,count,factor", [((256,), 619_281, 2), ((256, 256), 1_668_369, 4)])
 def test_pose_head_doubles_per_deconvolution(widths, count, factor):
-    """150 maps of 9 x 7 -> 17 heatmaps, twice as large per width; parameters as the spec counts."""
+    """150 maps of 9 x 7 -> 17 heatmaps, twice as large per width; parameters counted by hand."""
     head = heads.PoseHead(150, widths, 4.0)
     assert sum(p.numel() for p in head.parameters()) == count
     assert head([torch.randn(2, 150, 9, 7)]).shape == (2, 17, 9 * factor, 7 * factor)
@@ -459,7 +459,7 @@ def test_pose_loss_is_the_weighted_mean_square_over_everything():
     maps = [torch.randn(2, 6, 8, 6)]
     joints = torch.rand(2, 17, 3) * torch.tensor([48.0, 64.0, 1.0])
     joints[..., 2] = joints[..., 2].round()
-    wanted, _ = pose.heatmap_targets(joints, (64, 48), (16, 12), 1.0)
+    wanted, _ = udp.heatmap_targets(joints, (64, 48), (16, 12), 1.0)
     squares = (head(maps) - wanted).square().mean(dim=(2, 3)) * joints[..., 2]
     assert head.loss(maps, joints)["mse"].item() == pytest.approx(squares.mean().item(), rel=1e-6)
     unlabelled = joints * torch.tensor([1.0, 1.0, 0.0])

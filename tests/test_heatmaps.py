@@ -18,31 +18,16 @@ import eval as evaluation
 from tools import heatmaps
 from ops.errors import InputError
 from model import Config, MetaPromptModel
+from unet import UNetConfig
+from vae import VAEConfig
 
-TINY = dict(num_prompts=5, refine_steps=2, head_channels=16, unet_channels=(16,) * 4, num_heads=1,
-            context_dim=16, vae_channels=(8, 8, 8, 8), norm_groups=4, unet_layers=1, vae_layers=1,
-            sigma=2.0, deconv_channels=(8,), num_classes=4)
-VARIANTS = [{}, {"shared_prompts": False, "prompt_adapter": True}, {"modulated_timestep": False},
-            {"refine_steps": 1}, {"refine_steps": 3, "latent_scale": 0.2}]
+TINY = dict(num_prompts=5, refine_steps=2, head_channels=16,
+            unet=UNetConfig((16,) * 4, layers=1, num_heads=1, context_dim=16, groups=4),
+            vae=VAEConfig((8,) * 4, layers=1, groups=4), sigma=2.0, deconv_channels=(8,), num_classes=4)
 
 
 # ------------------------------------------------------------------------------------------------
 # The maps
-
-@pytest.mark.parametrize("task", ["seg", "depth", "pose"])
-@pytest.mark.parametrize("variant", [*VARIANTS, {"rearrange": False}, {"resize_scale": 1}])
-def test_the_head_reads_these_maps(task, variant):
-    """The model's prediction is what its head makes of them: one per prompt, finest first."""
-    torch.manual_seed(0)
-    model = MetaPromptModel(Config(task=task, **{**TINY, **variant})).eval()
-    images = torch.rand(2, 3, 64, 96)
-    with torch.inference_mode():
-        maps = heatmaps.response_maps(model, images)
-        assert torch.equal(model.head(maps, images.shape[-2:]), model(images))
-    channels = 5 if model.config.rearrange else 16
-    assert len(maps) == (4 if task == "seg" else 1) and maps[0].shape[:2] == (2, channels)
-    assert all(a.shape[-1] > b.shape[-1] for a, b in zip(maps, maps[1:]))
-
 
 def test_maps_of_a_picture():
     """A uint8 picture gives the finest maps, at stride 4 in segmentation."""
@@ -52,7 +37,7 @@ def test_maps_of_a_picture():
     maps = heatmaps.picture_maps(model, picture, torch.float32)
     images = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
     assert maps.shape == (5, 16, 32) and maps.dtype == np.float32
-    assert np.array_equal(maps, heatmaps.response_maps(model, images)[0][0].numpy())
+    assert np.array_equal(maps, model.responses(images)[0][0].detach().numpy())
 
 
 # ------------------------------------------------------------------------------------------------

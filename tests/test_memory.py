@@ -12,12 +12,14 @@ from tools import memory
 import train
 from ops.errors import InputError
 from model import Config, MetaPromptModel
+from unet import UNetConfig
+from vae import VAEConfig
 from tasks.recipes import RECIPES, read_recipe
 
 CPU = torch.device("cpu")
-SMALL = dict(num_prompts=8, refine_steps=2, head_channels=16, unet_channels=(32, 32, 64, 64),
-             num_heads=2, context_dim=64, vae_channels=(32, 32, 32, 32), num_classes=5,
-             unet_layers=1, vae_layers=1)
+SMALL = dict(num_prompts=8, refine_steps=2, head_channels=16, num_classes=5,
+             unet=UNetConfig((32, 32, 64, 64), layers=1, num_heads=2, context_dim=64),
+             vae=VAEConfig((32, 32, 32, 32), layers=1))
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.AdamW:

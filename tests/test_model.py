@@ -7,16 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import randomise
+from oracles import diffusers_unet, diffusers_vae, hooked_features, randomise, relative_error
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
 from ops.errors import InputError
-from model import Config, MetaPromptModel, rearrange
-from unet import UNet
+from model import Config, MetaPromptModel, read_config, rearrange
+from unet import UNet, UNetConfig
+from vae import VAEConfig
 
-TINY = Config(num_prompts=5, refine_steps=3, num_classes=4, head_channels=16, num_heads=4,
-              unet_channels=(32, 32, 64, 64), context_dim=32, vae_channels=(32, 32, 32, 32))
+TINY = Config(num_prompts=5, refine_steps=3, num_classes=4, head_channels=16,
+              unet=UNetConfig((32, 32, 64, 64), num_heads=4, context_dim=32),
+              vae=VAEConfig((32, 32, 32, 32)))
+FLAT = {"unet_channels": [32, 32, 64, 64], "num_heads": 4, "context_dim": 32, "unet_layers": 2,
+        "vae_channels": [32] * 4, "vae_layers": 2, "latent_channels": 4, "norm_groups": 32}
 
 
 def build(**changes):
@@ -44,6 +48,20 @@ def test_rearrangement_is_a_dot_product():
                     assert torch.isclose(responses[b, n, y, x], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("B", [1, 3])
+def test_rearrangement_of_one_matrix_for_all_images_or_one_each(B):
+    """One row of prompts gives, bit for bit, the product with that matrix; B rows one each."""
+    features, prompts = torch.randn(B, 16, 9, 7), torch.randn(B, 6, 16)
+    alone = torch.einsum("bdhw,nd->bnhw", features, prompts[0])
+    assert torch.equal(rearrange(features, prompts[:1]), alone)
+    each = rearrange(features, prompts)
+    for b in range(B):
+        one = rearrange(features[b:b + 1], prompts[b:b + 1])
+        assert torch.allclose(each[b:b + 1], one, atol=1e-5)
+        if b > 0:
+            assert not torch.allclose(each[b], alone[b], atol=1e-2)
+
+
 def unrolled(model, images):
     """The paper's forward pass spelled out for three passes, from the model's own parts."""
     unet, head, c = model.unet, model.head, model.config
@@ -69,6 +87,39 @@ def test_three_passes_written_out(images, changes):
     model = build(**changes)
     with torch.no_grad():
         assert torch.allclose(model(images), unrolled(model, images), atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["seg", "depth", "pose"])
+@pytest.mark.parametrize("changes", [
+    {}, {"rearrange": False}, {"refine_steps": 1}, {"resize_scale": 1},
+    {"shared_prompts": False, "prompt_adapter": True}, {"modulated_timestep": False}])
+def test_the_head_reads_the_responses(images, task, changes):
+    """forward is the head of `responses`, a map per prompt and level or D channels, finest first."""
+    model = build(task=task, sigma=2.0, deconv_channels=(8,), **changes)
+    with torch.no_grad():
+        maps = model.responses(images)
+        assert torch.equal(model.head(maps, images.shape[-2:]), model(images))
+    assert len(maps) == (4 if task == "seg" else 1)
+    assert all(m.shape[:2] == (2, 5 if model.config.rearrange else 32) for m in maps)
+    assert all(a.shape[-1] > b.shape[-1] for a, b in zip(maps, maps[1:]))
+
+
+def test_features_are_those_of_the_last_pass(images):
+    """`features` gives what the neck reads: four maps, finest first, in the UNet's widths."""
+    model, seen = build(), []
+    model.neck.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model.responses(images)
+        features = model.features(images)
+    assert [tuple(f.shape) for f in features] == [(2, 32, 8, 8), (2, 32, 4, 4), (2, 64, 2, 2),
+                                                  (2, 64, 1, 1)]
+    assert len(seen) == 1 and all(torch.equal(a, b) for a, b in zip(features, seen[0]))
+
+
+def test_a_pair_that_does_not_fit_is_refused():
+    """The UNet must read as many latent channels as the VAE gives."""
+    with pytest.raises(InputError, match="the VAE gives 8 latent channels, the UNet reads 4"):
+        replace(TINY, vae=replace(TINY.vae, latent_channels=8))
 
 
 def test_prediction_has_image_size(images):
@@ -157,7 +208,7 @@ def test_static_timestep_is_sds_own_embedding_of_zero(images):
 def test_without_rearrangement_the_head_reads_the_features(images):
     """rearrange=False hands the D-channel maps to the head (Table 5)."""
     model = build(rearrange=False)
-    assert model.head.decode_head.lateral_convs[0].conv.in_channels == TINY.context_dim
+    assert model.head.decode_head.lateral_convs[0].conv.in_channels == TINY.unet.context_dim
     assert model(images).shape == (2, 4, 64, 64)
 
 
@@ -217,7 +268,7 @@ def test_broken_model_folders_are_refused_by_name(tmp_path):
     build().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "promts": 3}))
-    with pytest.raises(InputError, match="unknown field promts"):
+    with pytest.raises(InputError, match="config.json: unknown field 'promts'"):
         MetaPromptModel.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({**config, "num_prompts": 6}))
     with pytest.raises(InputError, match=r"has shape \(16, 5, 3, 3\), expected \(16, 6, 3, 3\)"):
@@ -225,8 +276,53 @@ def test_broken_model_folders_are_refused_by_name(tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match=r"config.json does not exist"):
         MetaPromptModel.from_pretrained(folder)
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         MetaPromptModel.from_pretrained(str(tmp_path / "none"))
+
+
+def test_folders_with_the_flat_config_of_before_are_read(tmp_path, images):
+    """Sizes beside the other fields, and fields younger than the file: the same model."""
+    model = build()
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for name in ("unet", "vae", "sigma"):
+        del values[name]
+    (tmp_path / "config.json").write_text(json.dumps({**values, **FLAT}))
+    loaded = MetaPromptModel.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize("values,message", [
+    ({"unet": {"channels": [1, 2, 3, 4]}}, "unet lacks the field layers"), ({"unet": 3}, "unet must"),
+    ({"num_prompts": "5"}, "num_prompts is '5'"), ({**FLAT, "num_heads": 2.5}, "num_heads is 2.5"),
+    ({**FLAT, "vae_chanels": 3}, "unknown field 'vae_chanels'")])
+def test_a_config_that_makes_no_sense_is_refused(tmp_path, values, message):
+    """The message names file and field, in the nested form and in the flat one of before."""
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"config.json.*{message}"):
+        read_config(tmp_path / "config.json")
+
+
+def test_a_small_stable_diffusion_of_other_sizes_loads_as_sd15_does(tmp_path, images):
+    """Widths, layers, groups, latent channels and D of a folder that diffusers wrote."""
+    unet = diffusers_unet((32, 64, 96, 96), heads=4, context_dim=64, layers=1, groups=8, latents=8)
+    vae = diffusers_vae((32, 64, 96, 96), layers=1, groups=8, latents=8)
+    unet.save_pretrained(tmp_path / "unet")
+    vae.save_pretrained(tmp_path / "vae")
+    model = MetaPromptModel.from_stable_diffusion(Config(num_classes=4, refine_steps=1,
+                                                         head_channels=8), str(tmp_path)).eval()
+    assert model.config.unet == UNetConfig((32, 64, 96, 96), 1, 4, 64, 8, 8)
+    assert model.config.vae == VAEConfig((32, 64, 96, 96), 1, 8, 8)
+    with torch.no_grad():
+        latents = vae.encode(2 * images - 1).latent_dist.mean
+        assert relative_error(model.encode(images), latents) < 1e-5
+        context, t = torch.randn(2, 7, 64), torch.tensor([5, 700])
+        _, expected = hooked_features(unet, latents, t, context)
+        found = model.unet(latents, model.unet.embed_timestep(t), context)
+        assert all(relative_error(a, b) < 1e-5 for a, b in zip(found, expected))
+        assert model(images).shape == (2, 4, 64, 64)
 
 
 def test_from_stable_diffusion_keeps_the_pretrained_tensors(tmp_path):
@@ -238,8 +334,8 @@ def test_from_stable_diffusion_keeps_the_pretrained_tensors(tmp_path):
             {"attention_head_dim": 4} if part == "unet" else {}))
         save_file(module.state_dict(), tmp_path / part / "diffusion_pytorch_model.safetensors")
     model = MetaPromptModel.from_stable_diffusion(Config(num_classes=3), str(tmp_path))
-    assert model.config.unet_channels == TINY.unet_channels
-    assert (model.config.num_heads, model.config.context_dim) == (4, 32)
+    assert (model.config.unet, model.config.vae) == (TINY.unet, TINY.vae)
+    assert (model.unet.config, model.vae.config) == (TINY.unet, TINY.vae)
     stored = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(v, stored[k]) for k, v in model.unet.state_dict().items())
     assert not any(p.requires_grad for p in model.vae.parameters())
@@ -264,8 +360,8 @@ def test_unet_reads_the_prompts_as_context(images):
 def test_a_training_step_compiles_to_one_graph(task, target):
     """torch.compile sees no graph break in forward and losses, and compiles once for all steps."""
     config = Config(task=task, num_classes=3, num_prompts=4, refine_steps=3, head_channels=8,
-                    context_dim=16, num_heads=2, unet_channels=(32, 32, 64, 64), sigma=1.0,
-                    vae_channels=(32,) * 4, deconv_channels=(8,), shared_prompts=task == "seg",
+                    unet=UNetConfig((32, 32, 64, 64), num_heads=2, context_dim=16), sigma=1.0,
+                    vae=VAEConfig((32,) * 4), deconv_channels=(8,), shared_prompts=task == "seg",
                     prompt_adapter=task != "seg")
     model, counter = MetaPromptModel(config).train(), CompileCounter()
     loss_of = torch.compile(model.loss, backend=counter, fullgraph=True)

@@ -19,6 +19,8 @@ import predict
 from weights import official
 from ops.errors import InputError
 from model import MetaPromptModel
+from unet import UNetConfig
+from vae import VAEConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -159,7 +161,7 @@ def test_configuration_is_read_off_the_tensors(prefix, tmp_path):
     seg = MetaPromptModel.from_official(
         official_file(reduced("seg")[0], tmp_path / "seg.pth", prefix)).config
     assert (seg.task, seg.refine_steps, seg.num_prompts, seg.num_classes) == ("seg", 3, 32, 19)
-    assert (seg.unet_channels, seg.vae_channels) == ((32, 32, 64, 64), (32, 64, 128, 128))
+    assert (seg.unet.channels, seg.vae.channels) == ((32, 32, 64, 64), (32, 64, 128, 128))
     assert (seg.shared_prompts, seg.prompt_adapter, seg.head_channels) == (True, False, 64)
     depth = MetaPromptModel.from_official(
         official_file(reduced("depth")[0], tmp_path / "depth.ckpt", prefix), max_depth=80.0,
@@ -221,7 +223,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     """Truncated, empty, missing files and pickles of something else are named."""
     path = official_file(reduced("seg")[0], tmp_path / "c.pth")
     path.write_bytes(path.read_bytes()[:5000])
-    for source, message in ((path, "no complete checkpoint"), (tmp_path / "no", "does not exist")):
+    for source, message in ((path, "not a complete checkpoint"), (tmp_path / "no", "does not exist")):
         with pytest.raises(InputError, match=message):
             MetaPromptModel.from_official(source)
     torch.save([1, 2], tmp_path / "list.pth")
@@ -241,7 +243,7 @@ def test_full_width_files_load_with_no_name_left_over(name, keys, tmp_path):
     path = tmp_path / "official.pth"
     torch.save({"state_dict" if name.startswith("seg") else "model": state}, path)
     model = MetaPromptModel.from_official(path)
-    assert model.config.unet_channels == (320, 640, 1280, 1280)
+    assert (model.config.unet, model.config.vae) == (UNetConfig(), VAEConfig())
     assert model.config.num_prompts == (150 if name.startswith("seg") else 50)
     ours = model.state_dict()
     reached = set()

@@ -19,6 +19,8 @@ from torch import nn
 import predict
 from ops.errors import InputError
 from model import Config, MetaPromptModel
+from unet import UNetConfig
+from vae import VAEConfig
 from predict import PROTOCOLS, Protocol
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "seg.json").read_text())
@@ -67,8 +69,8 @@ def test_settled_weights_give_the_same_answers(task):
     torch.manual_seed(0)
     model = randomise(MetaPromptModel(Config(
         task, num_prompts=5, refine_steps=2, shared_prompts=task == "seg",
-        prompt_adapter=task != "seg", num_classes=4, head_channels=16, num_heads=4,
-        unet_channels=(32,) * 4, context_dim=32, vae_channels=(32,) * 4)).eval())
+        prompt_adapter=task != "seg", num_classes=4, head_channels=16,
+        unet=UNetConfig((32,) * 4, num_heads=4, context_dim=32), vae=VAEConfig((32,) * 4))).eval())
     images = torch.rand(1, 3, 64, 128)
     answers, sizes = [], []
     for _ in range(2):

@@ -396,7 +396,7 @@ def test_broken_weights_are_refused_in_one_line(tmp_path, monkeypatch, capsys, k
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:9999])
     named = {"missing": "lacks prompts", "extra": "foo", "shape": "prompts has shape (1, 2, 3)",
-             "truncated": "no complete safetensors"}[kind]
+             "truncated": "not a complete .safetensors"}[kind]
     capsys.readouterr()
     code, stderr = run(evaluation.main, monkeypatch, capsys, "--checkpoint", tmp_path / "m")
     assert code == 2 and stderr.count("\n") == 1 and named in stderr, stderr

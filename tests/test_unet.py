@@ -11,7 +11,7 @@ from oracles import LEVELS, diffusers_unet, hooked_features, relative_error
 
 import unet as our
 from ops.errors import InputError
-from unet import UNet
+from unet import UNet, UNetConfig
 
 CONTEXT = 48
 
@@ -20,7 +20,7 @@ CONTEXT = 48
 def pair():
     """(diffusers' UNet, ours) with the same random weights."""
     oracle = diffusers_unet(context_dim=CONTEXT)
-    ours = UNet(LEVELS, num_heads=8, context_dim=CONTEXT).eval()
+    ours = UNet(UNetConfig(LEVELS, context_dim=CONTEXT)).eval()
     ours.load_state_dict(oracle.state_dict())
     return oracle, ours
 
@@ -70,6 +70,23 @@ def test_a_distilled_unet_equals_diffusers(tmp_path):
     oracle.save_pretrained(tmp_path / "unet")
     ours = UNet.from_pretrained(str(tmp_path)).eval()
     assert_equal(oracle, ours, (16, 24), N=50)
+
+
+@pytest.mark.parametrize("groups,latents,layers", [(8, 8, 1), (16, 4, 2), (8, 3, 3)])
+def test_other_sizes_are_read_from_the_folder(tmp_path, groups, latents, layers):
+    """Norm groups, latent channels and layers of a small model are the folder's; outputs equal."""
+    channels = (32, 64, 96, 96)
+    oracle = diffusers_unet(channels, 4, CONTEXT, layers, groups, latents)
+    oracle.save_pretrained(tmp_path / "unet")
+    ours = UNet.from_pretrained(str(tmp_path)).eval()
+    assert ours.config == UNetConfig(channels, layers, 4, CONTEXT, latents, groups)
+    _, t, context = inputs((8, 16), N=5)
+    latents = torch.randn(2, latents, 8, 16)
+    with torch.no_grad():
+        output, expected = hooked_features(oracle, latents, t, context)
+        features = ours(latents, ours.embed_timestep(t), context)
+        assert relative_error(ours.to_latents(features[0]), output) < 1e-5
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(features, expected))
 
 
 def test_features_have_the_papers_sizes(pair):
@@ -194,7 +211,7 @@ def test_loads_a_diffusers_folder(pair, tmp_path, name):
     model.save_pretrained(tmp_path / "unet", variant="fp16" if half else None)
     assert (tmp_path / "unet" / name).is_file()
     unet = UNet.from_pretrained(str(tmp_path))
-    assert (unet.channels, unet.num_heads, unet.context_dim) == (LEVELS, 8, CONTEXT)
+    assert unet.config == UNetConfig(LEVELS, context_dim=CONTEXT)
     for key, value in unet.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, model.state_dict()[key].float()), key
@@ -202,9 +219,13 @@ def test_loads_a_diffusers_folder(pair, tmp_path, name):
 
 @pytest.mark.parametrize("key,value", [
     ("use_linear_projection", True), ("attention_head_dim", [5, 10, 20]),
-    ("down_block_types", ["DownBlock2D"] * 4), ("act_fn", "gelu"), ("in_channels", 9)])
+    ("down_block_types", ["DownBlock2D"] * 4), ("act_fn", "gelu"), ("in_channels", 9),
+    ("norm_num_groups", 5), ("norm_num_groups", 0), ("block_out_channels", [32, 64, 96, 96]),
+    ("layers_per_block", 1), ("cross_attention_dim", 768), ("attention_head_dim", 7)])
 def test_refuses_another_architecture(pair, tmp_path, key, value):
-    """A config.json of another model (SD2, inpainting) is refused by the field that differs."""
+    """A config.json of another model (SD2, inpainting), or one that its tensors contradict, is
+    refused by the field that differs.
+    """
     diffusers_unet(context_dim=CONTEXT).save_pretrained(tmp_path / "unet")
     path = tmp_path / "unet" / "config.json"
     config = json.loads(path.read_text())
@@ -250,6 +271,6 @@ def test_full_width_equals_diffusers(tmp_path):
 
 def test_random_weights_have_torch_defaults():
     """A UNet made from nothing is initialised (no meta tensors, finite forward)."""
-    unet = UNet((32, 32, 32, 32), 2, 16)
+    unet = UNet(UNetConfig((32, 32, 32, 32), num_heads=2, context_dim=16))
     out = unet(torch.randn(1, 4, 16, 16), torch.randn(1, 128), torch.randn(1, 2, 16))
     assert all(torch.isfinite(f).all() for f in out)

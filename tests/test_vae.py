@@ -2,13 +2,16 @@
 
     pytest tests/test_vae.py             (with -m slow: at SD1.5's full width)
 """
+import json
+
 import pytest
 import torch
 from ldm_names import to_ldm
 from oracles import LEVELS, diffusers_vae, relative_error
 from safetensors.torch import save_file
 
-from vae import VAEEncoder
+from ops.errors import InputError
+from vae import VAEConfig, VAEEncoder
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -23,7 +26,7 @@ def encoder_part(oracle):
 def pair():
     """(diffusers' AutoencoderKL, our encoder) with the same random weights."""
     oracle = diffusers_vae()
-    ours = VAEEncoder(LEVELS).eval()
+    ours = VAEEncoder(VAEConfig(LEVELS)).eval()
     ours.load_state_dict(encoder_part(oracle))
     return oracle, ours
 
@@ -53,11 +56,35 @@ def test_equals_the_posterior_mean(pair, size):
 def test_one_layer_per_level_equals_diffusers():
     """A shallower encoder, one residual block per level, equals diffusers', too (< 1e-5)."""
     oracle = diffusers_vae(layers=1)
-    ours = VAEEncoder(LEVELS, layers=1).eval()
+    ours = VAEEncoder(VAEConfig(LEVELS, layers=1)).eval()
     ours.load_state_dict(encoder_part(oracle))
     images = torch.rand(2, 3, 64, 40) * 2 - 1
     with torch.no_grad():
         assert relative_error(ours(images), oracle.encode(images).latent_dist.mean) < 1e-5
+
+
+@pytest.mark.parametrize("groups,latents,layers", [(8, 8, 1), (16, 4, 2), (8, 3, 3)])
+def test_other_sizes_are_read_from_the_folder(tmp_path, groups, latents, layers):
+    """Norm groups, latent channels and layers of a small model are the folder's; latents equal."""
+    oracle = diffusers_vae((32, 64, 96, 96), layers, groups, latents)
+    oracle.save_pretrained(tmp_path / "vae")
+    ours = VAEEncoder.from_pretrained(str(tmp_path))
+    assert ours.config == VAEConfig((32, 64, 96, 96), layers, latents, groups)
+    images = torch.rand(2, 3, 64, 40) * 2 - 1
+    with torch.no_grad():
+        assert relative_error(ours(images), oracle.encode(images).latent_dist.mean) < 1e-5
+
+
+@pytest.mark.parametrize("key,value", [
+    ("norm_num_groups", 5), ("norm_num_groups", "32"), ("latent_channels", 8), ("in_channels", 4),
+    ("block_out_channels", [32, 64, 96, 96]), ("layers_per_block", 1), ("act_fn", "gelu")])
+def test_refuses_a_config_that_does_not_fit(tmp_path, key, value):
+    """A config.json that its tensors contradict, or of another model, is refused by the field."""
+    diffusers_vae().save_pretrained(tmp_path / "vae")
+    path = tmp_path / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(InputError, match=f"config.json: {key}"):
+        VAEEncoder.from_pretrained(str(tmp_path))
 
 
 def test_gradients_equal_diffusers(pair):
@@ -113,7 +140,7 @@ def test_every_spelling_of_the_attention_loads(pair, tmp_path, layout):
     else:
         save_file(tensors, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     loaded = VAEEncoder.from_pretrained(str(source))
-    assert loaded.channels == LEVELS
+    assert loaded.config == VAEConfig(LEVELS)
     for name, value in ours.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
 

@@ -6,113 +6,26 @@ Three layouts are read, all safetensors (pickles are refused):
   * one single file in LDM naming    v1-5-pruned-emaonly.safetensors and its kin
 
 Our modules carry the Hugging Face parameter names, so those files load as they are.  LDM names
-(CompVis's code, hence also the authors' checkpoints) go through the two tables below.  Tensors stay
+(CompVis's code, hence also the authors' checkpoints) go through the tables in ldm.py.  Tensors stay
 mapped to the file until they are touched: nothing is copied, and unread parts cost nothing.
 """
-import json
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ops.errors import InputError
+from ops.errors import InputError, read_json
+from ops.settings import checked
+from weights.ldm import hf_name, modern_vae_attention
 
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # decisions: the runwayml repository is gone
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # runwayml's repository is gone
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 LDM_PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 IGNORED = {"unet": (), "vae": ("decoder.", "post_quant_conv.")}  # not part of the method
-
-# ------------------------------------------------------------------------------------------------
-# LDM -> Hugging Face names
-
-LDM_RESNET = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-    "nin_shortcut": "conv_shortcut",
-}
-LDM_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v",
-                     "proj_out": "to_out.0"}
-OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-VAE_ATTENTION = "encoder.mid_block.attentions.0."
-
-
-def ldm_unet_table() -> dict[str, str]:
-    """LDM module name -> Hugging Face module name, for the UNet of Stable Diffusion 1.x."""
-    table = {
-        "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-        "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-        "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
-        "middle_block.2": "mid_block.resnets.1",
-    }
-    for n in range(1, 12):  # 1..11: two layers and a downsampler per level
-        level, layer = divmod(n - 1, 3)
-        if layer == 2:
-            table[f"input_blocks.{n}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
-            continue
-        table[f"input_blocks.{n}.0"] = f"down_blocks.{level}.resnets.{layer}"
-        if level < 3:
-            table[f"input_blocks.{n}.1"] = f"down_blocks.{level}.attentions.{layer}"
-    for n in range(12):  # three layers per level, the third one followed by an upsampler
-        level, layer = divmod(n, 3)
-        table[f"output_blocks.{n}.0"] = f"up_blocks.{level}.resnets.{layer}"
-        if level > 0:
-            table[f"output_blocks.{n}.1"] = f"up_blocks.{level}.attentions.{layer}"
-        if layer == 2 and level < 3:  # LDM counts the modules of a block: no attention at level 0
-            slot = 2 if level > 0 else 1
-            table[f"output_blocks.{n}.{slot}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
-    return table
-
-
-def ldm_vae_table() -> dict[str, str]:
-    """LDM module name -> Hugging Face module name, for the VAE encoder."""
-    table = {
-        "encoder.conv_in": "encoder.conv_in", "encoder.conv_out": "encoder.conv_out",
-        "encoder.norm_out": "encoder.conv_norm_out", "quant_conv": "quant_conv",
-        "encoder.mid.block_1": "encoder.mid_block.resnets.0",
-        "encoder.mid.block_2": "encoder.mid_block.resnets.1",
-        "encoder.mid.attn_1": "encoder.mid_block.attentions.0",
-    }
-    for level in range(4):
-        for layer in range(2):
-            name = f"encoder.down_blocks.{level}.resnets.{layer}"
-            table[f"encoder.down.{level}.block.{layer}"] = name
-        name = f"encoder.down_blocks.{level}.downsamplers.0.conv"
-        table[f"encoder.down.{level}.downsample.conv"] = name
-    return table
-
-
-LDM_MODULES = {"unet": ldm_unet_table(), "vae": ldm_vae_table()}
-
-
-def hf_name(name: str, part: str) -> str | None:
-    """Hugging Face name of one LDM tensor of `part` ("unet" or "vae"); None if it has none."""
-    words, table = name.split("."), LDM_MODULES[part]
-    for depth in (5, 4, 3, 2, 1):  # the longest module name that the table knows
-        module = table.get(".".join(words[:depth]))
-        if module is not None:
-            inner = LDM_VAE_ATTENTION if module + "." == VAE_ATTENTION else LDM_RESNET
-            leaf, _, kind = ".".join(words[depth:]).rpartition(".")
-            return ".".join(filter(None, (module, inner.get(leaf, leaf), kind)))
-    return None
-
-
-def modern_vae_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the pre-2023 spelling of the VAE's attention (the published SD1.5 file has it).
-
-    LDM stores these four matrices as 1x1 convolutions (C, C, 1, 1); ours and HF's are (C, C).
-    """
-    modern = {}
-    for name, tensor in tensors.items():
-        if name.startswith(VAE_ATTENTION):
-            leaf, _, kind = name.removeprefix(VAE_ATTENTION).rpartition(".")
-            name = f"{VAE_ATTENTION}{OLD_VAE_ATTENTION.get(leaf, leaf)}.{kind}"
-            tensor = tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor
-        modern[name] = tensor
-    return modern
 
 
 # ------------------------------------------------------------------------------------------------
@@ -143,7 +56,7 @@ def find_files(source: str, part: str) -> tuple[Path | None, Path]:
 
 
 def download(repo_id: str, part: str) -> tuple[Path, Path]:
-    """Fetch the two files of `part` from the hub (or its cache); InputError if they can't be had.
+    """Fetch the two files of `part` from the hub or its cache; InputError if not available.
 
     HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME are honoured by huggingface_hub.
     """
@@ -167,14 +80,15 @@ def download(repo_id: str, part: str) -> tuple[Path, Path]:
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """Tensors of a safetensors file whose names start with `prefix` (cut off), still mapped to it.
 
-    Raises InputError if the file is truncated or no safetensors file, or no name fits.
+    Raises InputError if the file is truncated or not a .safetensors file, or no name fits.
     """
     try:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is no complete safetensors file ({error}): reload it") from None
+        raise InputError(f"{path} is not a complete .safetensors file ({error}): get it again"
+                         ) from None
     if not tensors:
         raise InputError(f"{path} holds no tensor named {prefix}*: is it a Stable Diffusion file?")
     return tensors
@@ -197,18 +111,16 @@ def read_part(source: str, part: str) -> tuple[dict[str, Tensor], dict, Path]:
     return tensors, read_json(config_path) if config_path else {}, path
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file as a dict; InputError naming it if it is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-
-
 # ------------------------------------------------------------------------------------------------
 # Loading
+
+def assemble(kind: type[nn.Module], config, tensors: dict[str, Tensor], path: Path) -> nn.Module:
+    """kind(config) with the tensors of `path`, without memory of its own: see `load_strict`."""
+    with torch.device("meta"):
+        module = kind(config)
+    load_strict(module, tensors, path)
+    return module
+
 
 def load_strict(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Give a module built on the meta device its tensors; every name and shape must agree.
@@ -233,9 +145,126 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> No
     module.load_state_dict(widened, assign=True)
 
 
-def widths(tensors: dict[str, Tensor], names: list[str], path: Path) -> tuple[int, ...]:
-    """Output channels of the convolutions `names`; InputError if one is missing."""
-    for name in names:
-        if name not in tensors:
-            raise InputError(f"{path} lacks {name}")
-    return tuple(tensors[name].shape[0] for name in names)
+# ------------------------------------------------------------------------------------------------
+# Sizes: off the tensors; a config.json beside them must say the same, or nothing
+
+SAME = "a Stable Diffusion 1.x {} has"  # else it is another model
+SD1_UNET = {
+    "act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
+    "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
+    "use_linear_projection": False, "only_cross_attention": False, "dual_cross_attention": False,
+    "class_embed_type": None, "addition_embed_type": None, "num_class_embeds": None,
+    "resnet_time_scale_shift": "default", "transformer_layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+SD1_VAE = {"act_fn": "silu", "in_channels": 3, "down_block_types": ["DownEncoderBlock2D"] * 4}
+
+
+def unet_sizes(tensors: dict[str, Tensor], values: dict, path: Path) -> dict:
+    """Fields of UNetConfig of a UNet's tensors; `values` is its config.json, which alone tells the
+    heads and the norms' groups (else SD1.5's).
+
+    Raises InputError if config.json contradicts the tensors or describes another architecture.
+    """
+    check_config(values, SD1_UNET, path, SAME.format("UNet"))
+    channels, layers = level_sizes(tensors, "", path)
+    keys = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    context_dim = dimension(tensors, keys, 1, path)
+    latent_channels = dimension(tensors, "conv_out.weight", 0, path)
+    check_config(values, {"block_out_channels": list(channels), "layers_per_block": layers,
+                          "cross_attention_dim": context_dim, "in_channels": latent_channels,
+                          "out_channels": latent_channels}, path, "its tensors say")
+    return {"channels": channels, "layers": layers, "context_dim": context_dim,
+            "latent_channels": latent_channels,
+            "num_heads": divisor(values, "attention_head_dim", 8, channels, path),
+            "groups": divisor(values, "norm_num_groups", 32, channels, path)}
+
+
+def vae_sizes(tensors: dict[str, Tensor], values: dict, path: Path) -> dict:
+    """Fields of VAEConfig of a VAE encoder's tensors, as `unet_sizes`."""
+    check_config(values, SD1_VAE, path, SAME.format("VAE"))
+    channels, layers = level_sizes(tensors, "encoder.", path)
+    latent_channels = dimension(tensors, "quant_conv.weight", 0, path) // 2
+    check_config(values, {"block_out_channels": list(channels), "layers_per_block": layers,
+                          "latent_channels": latent_channels}, path, "its tensors say")
+    return {"channels": channels, "layers": layers, "latent_channels": latent_channels,
+            "groups": divisor(values, "norm_num_groups", 32, channels, path)}
+
+
+def dimension(tensors: dict[str, Tensor], name: str, axis: int, path: Path) -> int:
+    """Size of a tensor along an axis; InputError if the file `path` lacks the tensor."""
+    if name not in tensors:
+        raise InputError(f"{path} lacks {name}")
+    return tensors[name].shape[axis]
+
+
+def level_sizes(tensors: dict[str, Tensor], prefix: str, path: Path) -> tuple[tuple[int, ...], int]:
+    """(output channels of each of the four levels, residual blocks per level).
+
+    `prefix` is what the names have in front of "down_blocks".
+    """
+    channels = tuple(dimension(tensors, f"{prefix}down_blocks.{i}.resnets.0.conv1.weight", 0, path)
+                     for i in range(4))
+    return channels, sum(name.startswith(f"{prefix}down_blocks.0.resnets.")
+                         and name.endswith(".conv1.weight") for name in tensors)
+
+
+def check_config(values: dict, expected: dict, path: Path, whose: str) -> None:
+    """InputError if the config.json beside `path`, `values`, says other than `expected`.
+
+    A key that is left out or null says nothing.  `whose` introduces the expected value.
+    """
+    for key, wanted in expected.items():
+        if values.get(key) not in (None, wanted):
+            raise InputError(f"{path.parent / 'config.json'}: {key} is {values[key]}, {whose} "
+                             f"{wanted}")
+
+
+def divisor(values: dict, key: str, default: int, channels: tuple[int, ...], path: Path) -> int:
+    """An integer of config.json that must divide the channels of every level; or InputError."""
+    where = f"{path.parent / 'config.json'}: {key}"
+    number = checked(int, values.get(key, default), where)
+    if number < 1 or any(width % number for width in channels):
+        raise InputError(f"{where} is {number}, which does not divide the channels {channels}")
+    return number
+
+
+# ------------------------------------------------------------------------------------------------
+# Our own models
+
+FLAT_SIZES = {  # fields of older config.json files -> where they are now
+    "unet_channels": [("unet", "channels")], "unet_layers": [("unet", "layers")],
+    "num_heads": [("unet", "num_heads")], "context_dim": [("unet", "context_dim")],
+    "vae_channels": [("vae", "channels")], "vae_layers": [("vae", "layers")],
+    "latent_channels": [("unet", "latent_channels"), ("vae", "latent_channels")],
+    "norm_groups": [("unet", "groups"), ("vae", "groups")],
+}
+
+
+def find_model(source: str) -> Path:
+    """Folder of a saved model: `source` itself, or the hub's snapshot of it."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or source.startswith((".", "~")):
+        raise InputError(f"{source} is not a folder: give one that holds config.json and "
+                         "model.safetensors, or OWNER/NAME on the hub")
+    try:
+        return Path(snapshot_download(source, allow_patterns=["config.json", "model.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"{source} is neither a folder nor available from the hub "
+                         f"({type(error).__name__})") from None
+
+
+def modern_config(values: dict, defaults: dict) -> dict:
+    """A saved config.json in today's form: flat sizes moved into their part, newer fields added.
+
+    `defaults` has every field, sizes in the parts "unet" and "vae".
+    """
+    modern = dict(defaults)
+    for name in FLAT_SIZES.keys() & values.keys():
+        for part, field in FLAT_SIZES[name]:
+            modern[part] = {**modern[part], field: values[name]}
+    modern.update({name: value for name, value in values.items() if name not in FLAT_SIZES})
+    return modern

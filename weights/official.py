@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ops.errors import InputError
-from weights.files import hf_name, modern_vae_attention
+from weights.files import dimension, unet_sizes, vae_sizes
+from weights.ldm import hf_name, modern_vae_attention
 
 UNET = "unet.unet.diffusion_model."
 PREFIXES = {  # official -> ours, after the depth model's `encoder.` has been cut off
@@ -69,8 +70,8 @@ def unpickle(path: Path) -> dict:
         what = f"the class {found[1]}" if found else str(error).splitlines()[0]
         raise InputError(f"{path} holds {what}, which could run code: it is not loaded") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"{path} is no complete checkpoint ({str(error).splitlines()[0]}): get it "
-                         "again") from None
+        raise InputError(f"{path} is not a complete checkpoint ({str(error).splitlines()[0]}): "
+                         "get it again") from None
 
 
 def state_of(contents: dict, path: Path) -> dict[str, Tensor]:
@@ -112,26 +113,24 @@ def rename(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def describe(tensors: dict[str, Tensor], path: Path) -> dict:
-    """Values of model.Config that the tensors tell; InputError naming a tensor that is missing."""
-    def size(name: str, axis: int = 0) -> int:
-        if name not in tensors:
-            raise InputError(f"{path} lacks the tensor that is {name} here")
-        return tensors[name].shape[axis]
-
+    """Fields of model.Config that the tensors tell, those of "unet" and "vae" as dicts; InputError
+    naming a tensor that is missing.  Heads and norm groups, which no tensor tells, are SD1.5's.
+    """
+    parts = {part: {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()
+                    if name.startswith(f"{part}.")} for part in ("unet", "vae")}
     depth = "head.last_layer_depth.0.weight" in tensors
-    blocks = "down_blocks.{}.resnets.0.conv1.weight"
     values = {
-        "task": "depth" if depth else "seg", "refine_steps": size("temb"),
-        "num_prompts": size("prompts", 1), "context_dim": size("prompts", 2),
+        "task": "depth" if depth else "seg", "refine_steps": dimension(tensors, "temb", 0, path),
+        "num_prompts": dimension(tensors, "prompts", 1, path),
         "shared_prompts": not depth, "prompt_adapter": depth,
-        "unet_channels": tuple(size("unet." + blocks.format(i)) for i in range(4)),
-        "vae_channels": tuple(size("vae.encoder." + blocks.format(i)) for i in range(4)),
+        "unet": unet_sizes(parts["unet"], {}, path), "vae": vae_sizes(parts["vae"], {}, path),
     }
     if depth:
-        values["head_channels"] = size("head.last_layer_depth.0.weight")
+        values["head_channels"] = dimension(tensors, "head.last_layer_depth.0.weight", 0, path)
     else:
-        values["num_classes"] = size("head.decode_head.conv_seg.weight")
-        values["head_channels"] = size("head.decode_head.conv_seg.weight", 1)
+        classifier = "head.decode_head.conv_seg.weight"
+        values["num_classes"] = dimension(tensors, classifier, 0, path)
+        values["head_channels"] = dimension(tensors, classifier, 1, path)
     return values
 
 

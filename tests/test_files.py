@@ -1,6 +1,6 @@
 """Weight files are found, read and loaded strictly; every defect is refused by name.
 
-    pytest tests/test_weights.py
+    pytest tests/test_files.py
 """
 import json
 import os
@@ -11,42 +11,26 @@ from ldm_names import to_ldm
 from oracles import LEVELS, randomise
 from safetensors.torch import save_file
 
-from weights import files as weights
 from ops.errors import InputError
-from unet import UNet
-from vae import VAEEncoder
+from unet import UNet, UNetConfig
+from vae import VAEConfig
+from weights import files
 
 
 @pytest.fixture
 def unet_folder(tmp_path):
     """A miniature Stable Diffusion folder, made from our own random UNet."""
-    unet = randomise(UNet(LEVELS, 8, 48))
+    unet = randomise(UNet(UNetConfig(LEVELS, context_dim=48)))
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text(json.dumps({"attention_head_dim": 8}))
-    save_file(unet.state_dict(), tmp_path / "unet" / weights.WEIGHT_FILES[0])
+    save_file(unet.state_dict(), tmp_path / "unet" / files.WEIGHT_FILES[0])
     return tmp_path
 
 
 def tensors_of(folder):
     """(path, tensors) of the folder's UNet file, detached from it."""
-    path = folder / "unet" / weights.WEIGHT_FILES[0]
-    return path, {k: v.clone() for k, v in weights.read_tensors(path).items()}
-
-
-@pytest.mark.parametrize("part", ["unet", "vae"])
-def test_ldm_names_map_one_to_one(part):
-    """The LDM table covers every tensor of SD1.5, and no two names meet."""
-    with torch.device("meta"):
-        names = list((UNet() if part == "unet" else VAEEncoder()).state_dict())
-    ldm = [to_ldm(name, part) for name in names]
-    assert len(set(ldm)) == len(names)
-    assert [weights.hf_name(name, part) for name in ldm] == names
-
-
-@pytest.mark.parametrize("name", ["decoder.conv_in.weight", "input_blocks.99.0.bias", "foo", "a.b"])
-def test_unknown_ldm_names_have_no_translation(name):
-    """A name outside the table gives None, never a guess."""
-    assert weights.hf_name(name, "unet") is None
+    path = folder / "unet" / files.WEIGHT_FILES[0]
+    return path, {k: v.clone() for k, v in files.read_tensors(path).items()}
 
 
 def test_a_single_ldm_file_loads_without_config(unet_folder, tmp_path):
@@ -56,7 +40,7 @@ def test_a_single_ldm_file_loads_without_config(unet_folder, tmp_path):
     single["cond_stage_model.transformer.weight"] = torch.zeros(3)
     save_file(single, tmp_path / "single.safetensors")
     unet = UNet.from_pretrained(str(tmp_path / "single.safetensors"))
-    assert (unet.channels, unet.context_dim, unet.num_heads) == (LEVELS, 48, 8)
+    assert unet.config == UNetConfig(LEVELS, context_dim=48)
     assert all(torch.equal(v, tensors[k]) for k, v in unet.state_dict().items())
 
 
@@ -78,7 +62,7 @@ def test_a_truncated_file_is_named(unet_folder):
     """A download that broke off is recognised before anything is built."""
     path, _ = tensors_of(unet_folder)
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(InputError, match=r"diffusion_pytorch_model.*no complete safetensors"):
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model.*not a complete .safetensors"):
         UNet.from_pretrained(str(unet_folder))
 
 
@@ -91,29 +75,69 @@ def test_wrong_sources_say_what_would_be_right(tmp_path):
                             (tmp_path, "holds no diffusion_pytorch_model"),
                             ("no/such/repository", "neither a local path")):
         with pytest.raises(InputError, match=message):
-            weights.find_files(str(source), "unet")
+            files.find_files(str(source), "unet")
 
 
 def test_offline_hub_says_which_files_to_copy(monkeypatch):
     """Without network the message names the two files and the folder layout."""
     def refuse(repo_id, filename):
         raise OSError("no network")
-    monkeypatch.setattr(weights, "hf_hub_download", refuse)
+    monkeypatch.setattr(files, "hf_hub_download", refuse)
     with pytest.raises(InputError, match=r"copy unet/config\.json and unet/diffusion_py"):
-        weights.find_files("owner/name", "unet")
+        files.find_files("owner/name", "unet")
 
 
 def test_only_the_needed_files_are_downloaded(monkeypatch, tmp_path):
-    """Two files per part are asked of the hub: the config and the float32 weights."""
+    """Two files per part are asked of the hub: the config and the float32 files."""
     asked = []
 
     def fetch(repo_id, filename):
         asked.append((repo_id, filename))
         return str(tmp_path / filename)
-    monkeypatch.setattr(weights, "hf_hub_download", fetch)
-    weights.find_files(weights.SD15, "vae")
-    assert asked == [(weights.SD15, "vae/config.json"),
-                     (weights.SD15, "vae/diffusion_pytorch_model.safetensors")]
+    monkeypatch.setattr(files, "hf_hub_download", fetch)
+    files.find_files(files.SD15, "vae")
+    assert asked == [(files.SD15, "vae/config.json"),
+                     (files.SD15, "vae/diffusion_pytorch_model.safetensors")]
+
+
+def test_flat_sizes_of_before_find_their_place():
+    """Each flat field lands where it is now, alone or with others; what is modern stays."""
+    defaults = {"task": "seg", "unet": {"channels": [1], "groups": 32, "latent_channels": 4},
+                "vae": {"channels": [2], "groups": 32, "latent_channels": 4}}
+    assert files.modern_config({}, defaults) == defaults
+    assert files.modern_config({"task": "pose", "norm_groups": 8, "vae_channels": [3]}, defaults) \
+        == {"task": "pose", "unet": {"channels": [1], "groups": 8, "latent_channels": 4},
+            "vae": {"channels": [3], "groups": 8, "latent_channels": 4}}
+    modern = {"task": "seg", "unet": {"channels": [5]}, "vae": 7}
+    assert files.modern_config(modern, defaults) == modern
+    assert defaults["unet"]["groups"] == 32
+
+
+def test_every_flat_size_has_a_field():
+    """The table of flat names covers all fields of both configurations and nothing else."""
+    places = [place for places in files.FLAT_SIZES.values() for place in places]
+    fields = [(part, name) for part, kind in (("unet", UNetConfig), ("vae", VAEConfig))
+              for name in kind.__dataclass_fields__]
+    assert sorted(places) == sorted(fields)
+
+
+def test_a_model_is_a_folder_or_on_the_hub(monkeypatch, tmp_path):
+    """find_model: the folder itself, the hub's snapshot of two files, or what is wrong."""
+    asked = []
+
+    def fetch(repo_id, allow_patterns):
+        asked.append((repo_id, allow_patterns))
+        if repo_id == "owner/gone":
+            raise OSError("no network")
+        return str(tmp_path)
+    monkeypatch.setattr(files, "snapshot_download", fetch)
+    assert files.find_model(str(tmp_path)) == tmp_path and asked == []
+    assert files.find_model("owner/name") == tmp_path
+    assert asked == [("owner/name", ["config.json", "model.safetensors"])]
+    with pytest.raises(InputError, match=r"neither a folder nor available from the hub \(OSError"):
+        files.find_model("owner/gone")
+    with pytest.raises(InputError, match="is not a folder"):
+        files.find_model("./owner/name")
 
 
 def test_loaded_tensors_are_mapped_not_copied(unet_folder):
@@ -123,6 +147,6 @@ def test_loaded_tensors_are_mapped_not_copied(unet_folder):
     if not maps:
         pytest.skip("needs /proc")
     ranges = [tuple(int(x, 16) for x in line.split()[0].split("-")) for line in maps
-              if weights.WEIGHT_FILES[0] in line]
+              if files.WEIGHT_FILES[0] in line]
     inside = [any(a <= p.data_ptr() < b for a, b in ranges) for p in unet.parameters()]
     assert all(inside)
