@@ -17,12 +17,13 @@ LINE = re.compile(r"    (\w+): .*?(?:  # (.*))?$")  # of a field: its name and i
 
 
 def comments(kind: type) -> dict[str, str]:
-    """Field name -> its comment, "" if it has none."""
+    """Field name -> its comment, "" if it has none; of the base classes, too."""
     found = {}
-    for line in inspect.getsource(kind).splitlines():
-        match = LINE.match(line)
-        if match and match[1] in kind.__dataclass_fields__:
-            found[match[1]] = match[2] or ""
+    for base in filter(is_dataclass, reversed(kind.__mro__)):
+        for line in inspect.getsource(base).splitlines():
+            match = LINE.match(line)
+            if match and match[1] in kind.__dataclass_fields__:
+                found[match[1]] = match[2] or ""
     return found
 
 
@@ -93,8 +94,10 @@ def leaves(settings, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], object
     return found
 
 
-def with_leaf(settings, path: tuple[str, ...], value):
-    """A copy of `settings` in which the field at `path` has another value."""
-    name, *rest = path
-    value = with_leaf(getattr(settings, name), tuple(rest), value) if rest else value
-    return replace(settings, **{name: value})
+def with_leaves(settings, changes: dict[tuple[str, ...], object]):
+    """A copy of `settings` in which the fields at the paths of `changes` have other values."""
+    direct = {path[0]: value for path, value in changes.items() if len(path) == 1}
+    for name in {path[0] for path in changes if len(path) > 1}:
+        inner = {path[1:]: value for path, value in changes.items() if path[0] == name}
+        direct[name] = with_leaves(getattr(settings, name), inner)
+    return replace(settings, **direct)

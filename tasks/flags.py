@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ops.errors import InputError
-from ops.settings import checked, comments, leaves, with_leaf
+from ops.settings import checked, comments, leaves, with_leaves
 from tasks.recipes import RECIPES, Recipe, check, find_recipe, random_backbone, read_recipe, tiny
 from weights.files import read_tensors
 
@@ -114,12 +114,11 @@ def value_of(owner, name: str, words, flag: str):
 
 def with_flags(recipe: Recipe, given: dict) -> Recipe:
     """The recipe with the flags that were given, {name: words}; InputError for a wrong value."""
-    paths = flag_paths(recipe)
+    paths, changes = flag_paths(recipe), {}
     for name, words in given.items():
-        path = paths[name]
-        value = value_of(owner_of(recipe, path), path[-1], words, "--" + name.replace("_", "-"))
-        recipe = with_leaf(recipe, path, value)
-    return recipe
+        owner, flag = owner_of(recipe, paths[name]), "--" + name.replace("_", "-")
+        changes[paths[name]] = value_of(owner, paths[name][-1], words, flag)
+    return with_leaves(recipe, changes)
 
 
 def parse(parser: Parser, arguments: list[str], recipe: Recipe) -> argparse.Namespace:
@@ -177,8 +176,8 @@ def resolve(arguments: list[str], description: str = "") -> tuple[Recipe, bool]:
 
 def finish(recipe: Recipe, given: dict) -> Recipe:
     """The recipe with what follows from its settings; InputError if they can't work together."""
-    check(recipe)
     check_idle(recipe, given)
+    check(recipe)
     if recipe.prompts:
         recipe = with_prompts(recipe, given)
     recipe = replace(recipe, model=replace(recipe.model, train_encoder=random_backbone(recipe)))
