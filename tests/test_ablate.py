@@ -124,7 +124,8 @@ def test_fixed_prompts_without_adapter(tmp_path):
 
 
 BAD_PROMPTS = [
-    ("missing", "does not exist"), ("pickle", "no .safetensors file"), ("truncated", "not a complete"),
+    ("missing", "does not exist"), ("pickle", "no .safetensors file"),
+    ("truncated", "not a complete"),
     ("two", "holds 2 tensors"), ("width", r"shape (4, 17)"), ("vector", r"shape (16,)"),
     ("none", r"shape (0, 16)"), ("integers", "int64"), ("nan", "no finite floats"),
     ("other count", "--num-prompts 4")]
