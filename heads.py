@@ -153,7 +153,7 @@ def lovasz_softmax(logits: Tensor, target: Tensor) -> Tensor:
 
     Per class: the errors of all pixels, weighted by `jaccard_growth`; then the mean over classes.
     An ignored pixel gets error 0: it sorts last and adds 0.  Of several processes each sums up a
-    share of the classes, see parallel.py.
+    share of the classes, see ops/parallel.py.
     DEVIATION: zero where no pixel is valid, the official code gives NaN.
     """
     probs = logits.float().softmax(dim=1).movedim(1, 0).flatten(1)         # (C, P)

@@ -102,7 +102,7 @@ class MetaPromptModel(nn.Module):
         self.unet = backbone or UNet(config.unet)
         rows = 1 if config.shared_prompts else T
         self.prompts = nn.Parameter(torch.randn(rows, N, D))               # paper: random values
-        self.adapters = nn.ModuleList([                                    # no residual, as official
+        self.adapters = nn.ModuleList([                                    # an MLP, no residual
             nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D))
             for _ in range(rows if config.prompt_adapter else 0)])
         if config.modulated_timestep:

@@ -24,8 +24,8 @@ class VAEConfig:
 
     channels: tuple[int, ...] = (128, 256, 512, 512)  # per level: 1/1, 1/2, 1/4, 1/8
     layers: int = 2  # residual blocks per level
-    latent_channels: int = 4
-    groups: int = 32  # of every GroupNorm
+    latent_channels: int = 4  # of the mean, as many of the variance
+    groups: int = 32  # of every GroupNorm; divides all channels
 
 
 class ResnetBlock(nn.Module):

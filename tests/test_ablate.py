@@ -124,7 +124,8 @@ def test_fixed_prompts_without_adapter(tmp_path):
 
 
 BAD_PROMPTS = [
-    ("missing", "does not exist"), ("pickle", "no .safetensors file"), ("truncated", "no complete"),
+    ("missing", "does not exist"), ("pickle", "no .safetensors file"),
+    ("truncated", "not a complete"),
     ("two", "holds 2 tensors"), ("width", r"shape (4, 17)"), ("vector", r"shape (16,)"),
     ("none", r"shape (0, 16)"), ("integers", "int64"), ("nan", "no finite floats"),
     ("other count", "--num-prompts 4")]
@@ -237,7 +238,7 @@ BAD_STARTS = [(["--num-prompts", "5"], "num_prompts 4 (here 5)"),
               (["--no-rearrange"], "rearrange True (here False)"),
               (["--latent-scale", "0.5"], "latent_scale 1.0 (here 0.5)"),
               (["--task", "depth"], "task seg (here depth)"),
-              (["--unet-channels", "32", "64", "64", "64"], r"unet\.channels"),
+              (["--unet-channels", "32", "64", "64", "64"], "unet.channels"),
               (["--backbone", "a/b"], "train_encoder True (here False)")]
 
 

@@ -405,7 +405,8 @@ def test_tiny_images_hold_a_person():
 
 TINY = dict(num_prompts=5, refine_steps=2, head_channels=16,
             unet=UNetConfig((16,) * 4, layers=1, num_heads=1, context_dim=16, groups=4),
-            vae=VAEConfig((8,) * 4, layers=1, groups=4), sigma=2.0, deconv_channels=(8,), num_classes=7, max_depth=80.0)
+            vae=VAEConfig((8,) * 4, layers=1, groups=4), sigma=2.0,
+            deconv_channels=(8,), num_classes=7, max_depth=80.0)
 MADE = {"seg": ("labels", "overlay"), "depth": ("depth", "depth_colour"), "pose": ("people",)}
 
 

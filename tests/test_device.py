@@ -25,7 +25,7 @@ def test_only_eager_tensors_have_data():
 
 
 def test_descending_sorts_rows():
-    """The values in the order found fall, whichever library sorts; a fake tensor keeps its shape."""
+    """In the order found the values fall, whichever library sorts; a fake tensor works, too."""
     x = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
     order = descending(x)
     assert torch.equal(x.gather(1, order), x.sort(dim=1, descending=True).values)

@@ -23,7 +23,8 @@ from vae import VAEConfig
 
 TINY = dict(num_prompts=5, refine_steps=2, head_channels=16,
             unet=UNetConfig((16,) * 4, layers=1, num_heads=1, context_dim=16, groups=4),
-            vae=VAEConfig((8,) * 4, layers=1, groups=4), sigma=2.0, deconv_channels=(8,), num_classes=4)
+            vae=VAEConfig((8,) * 4, layers=1, groups=4), sigma=2.0,
+            deconv_channels=(8,), num_classes=4)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_three_passes_written_out(images, changes):
     {}, {"rearrange": False}, {"refine_steps": 1}, {"resize_scale": 1},
     {"shared_prompts": False, "prompt_adapter": True}, {"modulated_timestep": False}])
 def test_the_head_reads_the_responses(images, task, changes):
-    """forward is the head of `responses`, a map per prompt and level or D channels, finest first."""
+    """forward is the head of `responses`: a map per prompt and level, or D channels."""
     model = build(task=task, sigma=2.0, deconv_channels=(8,), **changes)
     with torch.no_grad():
         maps = model.responses(images)
@@ -295,7 +295,8 @@ def test_folders_with_the_flat_config_of_before_are_read(tmp_path, images):
 
 
 @pytest.mark.parametrize("values,message", [
-    ({"unet": {"channels": [1, 2, 3, 4]}}, "unet lacks the field layers"), ({"unet": 3}, "unet must"),
+    ({"unet": {"channels": [1, 2, 3, 4]}}, "unet lacks the field layers"),
+    ({"unet": 3}, "unet must"),
     ({"num_prompts": "5"}, "num_prompts is '5'"), ({**FLAT, "num_heads": 2.5}, "num_heads is 2.5"),
     ({**FLAT, "vae_chanels": 3}, "unknown field 'vae_chanels'")])
 def test_a_config_that_makes_no_sense_is_refused(tmp_path, values, message):

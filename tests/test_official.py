@@ -223,7 +223,8 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     """Truncated, empty, missing files and pickles of something else are named."""
     path = official_file(reduced("seg")[0], tmp_path / "c.pth")
     path.write_bytes(path.read_bytes()[:5000])
-    for source, message in ((path, "not a complete checkpoint"), (tmp_path / "no", "does not exist")):
+    for source, message in ((path, "not a complete checkpoint"),
+                            (tmp_path / "no", "does not exist")):
         with pytest.raises(InputError, match=message):
             MetaPromptModel.from_official(source)
     torch.save([1, 2], tmp_path / "list.pth")
