@@ -42,7 +42,7 @@ from composition import (  # noqa: E402
     sized_recipe, step_calls)
 from oracles import diffusers_unet, diffusers_vae  # noqa: E402
 
-import oks  # noqa: E402
+from ops import oks  # noqa: E402
 import train  # noqa: E402
 from heads import lovasz_softmax  # noqa: E402
 from unet import CHANNELS  # noqa: E402
