@@ -36,6 +36,7 @@ from model import Config, MetaPromptModel, read_config
 from ops import muon, parallel
 from ops.device import autocast, device_of, pick_device, pick_precision
 from ops.errors import InputError, run_command
+from sets.files import UNREADABLE_SHARE
 from tasks import TASKS
 from tasks.flags import read_prompts, resolve
 from tasks.recipes import Recipe, lr_factor, to_dict
@@ -349,7 +350,7 @@ class Timed:
         if message not in self.unreadable:
             self.unreadable[message] = True              # a set that keeps its order
             tqdm.write(f"skipped    {message}")
-        if len(self.unreadable) > 0.01 * self.length:
+        if len(self.unreadable) > UNREADABLE_SHARE * self.length:
             raise InputError(f"{len(self.unreadable)} of {self.length} training images cannot be "
                              f"read, more than 1 %; the last: {message}")
 

@@ -83,6 +83,11 @@ class Shapes(Dataset):
     def __len__(self) -> int:
         return self.length
 
+    def names(self) -> list[str]:
+        """Of all scenes of the first epoch."""
+        return [f"scene {scene_seed((0, index), self.length, self.cut)}"
+                for index in range(self.length)]
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Sample of key = (epoch, index)."""
         seed = scene_seed(key, self.length, self.cut)
