@@ -38,7 +38,7 @@ from ops.settings import comments
 from sets.files import IMAGE_SUFFIXES, load_image
 from tasks import TASKS, seg
 from tasks.common import SMALLEST
-from tasks.flags import Parser, add_flags, flag_paths, parse, show, with_flags
+from tasks.flags import Parser, add_flags, check_idle, flag_paths, parse, show, with_flags
 from tasks.recipes import Recipe, find_recipe, read_recipe
 
 COMMANDS = ("checkpoint", "official", "task", "dataset", "image", "boxes", "tta", "say_protocol",
@@ -99,7 +99,9 @@ def load(arguments: list[str]) -> tuple:
     check(args)
     given = {name: words for name, words in vars(args).items()
              if name not in COMMANDS and name in flag_paths(recipe)}
-    return args, settle(with_flags(recipe, given), args, model.config), model, source
+    recipe = with_flags(recipe, given)
+    check_idle(recipe, given)
+    return args, settle(recipe, args, model.config), model, source
 
 
 def command_parser(recipe: Recipe, sections: tuple[str, ...]) -> Parser:
@@ -132,6 +134,8 @@ def check(args) -> None:
     """InputError for flags that don't go together, before anything is computed."""
     if args.checkpoint and args.official:
         raise InputError("--official and --checkpoint name two models: give one")
+    if args.image is None and hasattr(args, "max_side"):
+        raise InputError("--max-side is about your own pictures: it needs --image")
     if args.image is None:
         return
     if args.export is not None:
