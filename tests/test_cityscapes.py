@@ -1,8 +1,7 @@
 """Cityscapes, its extra images and Mapillary Vistas: right labels, clear refusals, true exports.
 
-Proven here, on miniature trees of files made in tmp_path: which files belong together, how each
-kind of label file becomes the 19 classes, what is refused, and that an exported prediction reads
-back as the labels that were predicted.
+On miniature trees of files: which belong together, how each kind of label file becomes the 19
+classes, what is refused, and that an exported prediction reads back as the labels predicted.
 
     python -m pytest tests/test_cityscapes.py
 """
@@ -11,62 +10,24 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import HEAD, TINY
 from PIL import Image
+from trees import (AACHEN, BREMEN, CAR_ID, ERBACH, FRANKFURT, PLATE_ID, ROAD_ID, ULM, H, W, cut,
+                   label_of, make_city, make_vistas, write, write_image, write_label)
 
-from sets import cityscapes as city_data
-import data
-from ops import errors
 import eval as evaluation
 import train
-from ops.errors import InputError
-
-H, W = 24, 48
-BICYCLE_ID, ROAD_ID, PLATE_ID, CAR_ID = 33, 7, 255, 26  # in labelIds files; 255: -1 in 8 bits
-
-
-def write(path, array, palette=None):
-    """An array as an image file, with folders; with `palette` as a palette PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(np.asarray(array, np.uint8))
-    if palette is not None:
-        image.putpalette([c for colour in palette for c in colour])
-    image.save(path)
-    return path
-
-
-def label_of(value, *corner):
-    """A label of one value, its first row beginning with `corner`."""
-    label = np.full((H, W), value)
-    label[0, :len(corner)] = corner
-    return label
-
-
-def write_image(root, split, name):
-    """An image of Cityscapes; city and name as in "aachen_000000_000019"."""
-    write(root / f"leftImg8bit/{split}/{name.split('_')[0]}/{name}_leftImg8bit.png",
-          np.random.default_rng(0).integers(0, 256, (H, W, 3)))
-
-
-def write_label(root, folder, name, kind, label):
-    """A label file below `folder`, such as gtFine/train, whose name ends in `kind`.png."""
-    return write(root / folder / name.split("_")[0] / f"{name}_{kind}.png", label)
-
-
-AACHEN, BREMEN, ULM = "aachen_000000_000019", "bremen_000004_000019", "ulm_000017_000019"
-FRANKFURT, ERBACH = "frankfurt_000001_000538", "erbach_000000_000001"
+from ops.errors import InputError, run_command
+from sets.cityscapes import (Cityscapes, CityscapesExtra, Mapillary, cityscapes_classes,
+                             mapillary_classes)
+from sets.files import class_table, load_label
+from tasks.seg import export_labels
 
 
 @pytest.fixture
 def city(tmp_path):
     """Cityscapes as released, labelIds only: 3 images of 3 cities to train on, 1 for validation."""
-    for split, name, value in (("train", ULM, 26), ("train", AACHEN, 7), ("train", BREMEN, 33),
-                               ("val", FRANKFURT, 11)):
-        write_image(tmp_path, split, name)
-        label = label_of(value, PLATE_ID, 0, 14, BICYCLE_ID)
-        write_label(tmp_path, f"gtFine/{split}", name, "gtFine_labelIds", label)
-        write_label(tmp_path, f"gtFine/{split}", name, "gtFine_instanceIds", label)
-        write_label(tmp_path, f"gtFine/{split}", name, "gtFine_color", np.zeros((H, W, 3)))
-    return tmp_path
+    return make_city(tmp_path)
 
 
 def write_train_ids(root):
@@ -86,20 +47,12 @@ def extra(city):
 @pytest.fixture
 def vistas(tmp_path):
     """Mapillary Vistas 1.2: 2 images to train on, 1 for validation; palette PNGs."""
-    for split, name, value in (("training", "_b0X", 13), ("training", "-aZ", 55),
-                               ("validation", "c c", 65)):
-        write(tmp_path / f"{split}/images/{name}.jpg", np.zeros((H, W, 3)))
-        write(tmp_path / f"{split}/labels/{name}.png", label_of(value, 66, 200, 255, 23, 24),
-              [(i, 255 - i, 7) for i in range(256)])
-        write(tmp_path / f"{split}/instances/{name}.png", label_of(1))
-    return tmp_path
+    return make_vistas(tmp_path)
 
 
-def opened(name, root, split="train", scale=None, **options):
-    spec = {"dataset": name, "data": str(root), "crop": 64, "seed": 0,
-            "extra_images": "leftImg8bit/train_extra", "extra_labels": "convert_autolabelled",
-            "extra_suffix": "_gtFine_labelTrainIds.png", "extra_label_ids": False}
-    return city_data.open_dataset({**spec, **options}, split, scale)
+def opened(files, root, split="train", scale=None, **options):
+    """A split of a settings class."""
+    return files(str(root), **options).open(cut(split, scale=scale))
 
 
 def names(dataset, root):
@@ -112,7 +65,7 @@ def names(dataset, root):
 
 def test_label_ids():
     """All 34 label ids: the 19 evaluated ones become 0..18 in order, the others and -1 ignored."""
-    classes = city_data.cityscapes_classes(label_ids=True)
+    classes = cityscapes_classes(label_ids=True)
     evaluated = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
     assert [classes.lut[value] for value in evaluated] == list(range(19))
     assert set(np.delete(classes.lut, evaluated)) == {255}
@@ -125,7 +78,7 @@ def test_label_ids():
 
 def test_train_ids():
     """Train ids 0..18 and 255 stay as they are; 19 names, each with the colour of the benchmark."""
-    classes = city_data.cityscapes_classes(label_ids=False)
+    classes = cityscapes_classes(label_ids=False)
     assert classes.lut.tolist() == [*range(19), *[255] * 237]
     assert classes.raw_values == {*range(19), 255}
     colours = dict(zip(classes.names, classes.palette, strict=True))
@@ -136,7 +89,7 @@ def test_train_ids():
 
 def test_vistas_ids():
     """Every Vistas id: 25 of the 66 belong to the 19 classes; the rest, and all above, ignored."""
-    classes = city_data.mapillary_classes()
+    classes = mapillary_classes()
     members = {"road": [13, 24, 41], "sidewalk": [2, 15], "building": [17], "wall": [6],
                "fence": [3], "pole": [45, 47], "traffic light": [48], "traffic sign": [50],
                "vegetation": [30], "terrain": [29], "sky": [27], "person": [19],
@@ -146,7 +99,7 @@ def test_vistas_ids():
              for label, name in enumerate(classes.names)}
     assert found == members and sum(map(len, members.values())) == 25
     assert set(np.delete(classes.lut, sum(members.values(), []))) == {255}
-    table = data.class_table("mapillary")
+    table = class_table("mapillary")
     assert len(table["names"]) == 66 and (table["names"][0], table["names"][65]) == (
         "Bird", "Unlabeled")
 
@@ -156,7 +109,7 @@ def test_vistas_ids():
 
 def test_label_ids_are_converted(city):
     """As released, without labelTrainIds: labelIds are paired, sorted by city, and converted."""
-    dataset = opened("cityscapes", city)
+    dataset = opened(Cityscapes, city)
     assert names(dataset, city) == [
         (f"leftImg8bit/train/{name.split('_')[0]}/{name}_leftImg8bit.png",
          f"gtFine/train/{name.split('_')[0]}/{name}_gtFine_labelIds.png")
@@ -165,7 +118,7 @@ def test_label_ids_are_converted(city):
         target = dataset.load(index)[1]
         assert target[0, :4].tolist() == [255, 255, 255, 18] and (target[1:] == label).all()
     assert dataset.check().startswith("3 images; 3 checked: 3 of 19 classes seen")
-    val = opened("cityscapes", city, "val")
+    val = opened(Cityscapes, city, "val")
     assert len(val) == 1 and (val.load(0)[1][1:] == 2).all()
 
 
@@ -173,7 +126,7 @@ def test_train_ids_win(city):
     """Where labelTrainIds are there, they are read and the labelIds beside them are not."""
     write_train_ids(city)
     for split, count in (("train", 3), ("val", 1)):
-        dataset = opened("cityscapes", city, split)
+        dataset = opened(Cityscapes, city, split)
         assert len(dataset) == count
         assert dataset.pairs[0][1].name.endswith("_gtFine_labelTrainIds.png")
         assert dataset.load(0)[1][0, :3].tolist() == [255, 18, 4]
@@ -184,15 +137,15 @@ def test_train_ids_alone(city):
     write_train_ids(city)
     for path in city.rglob("*_labelIds.png"):
         path.unlink()
-    assert len(opened("cityscapes", city)) == 3
+    assert len(opened(Cityscapes, city)) == 3
 
 
 def test_samples(city):
     """Training crops and whole validation images carry labels 0..18 or 255, never label ids."""
-    sample = opened("cityscapes", city, scale=(48, 24))[0, 2]
+    sample = opened(Cityscapes, city, scale=(48, 24))[0, 2]
     assert sample["image"].shape == (3, 64, 64)
     assert set(sample["target"].unique().tolist()) <= {13, 18, 255}
-    whole = opened("cityscapes", city, "val", scale=(96, 48))[0, 0]
+    whole = opened(Cityscapes, city, "val", scale=(96, 48))[0, 0]
     assert whole["image"].shape == (3, 48, 96) and whole["target"].shape == (H, W)
     assert whole["target"].dtype == torch.int64
     assert whole["name"].endswith("frankfurt_000001_000538_leftImg8bit.png")
@@ -203,7 +156,7 @@ def test_interrupted_conversion(city):
     write_label(city, "gtFine/train", AACHEN, "gtFine_labelTrainIds", label_of(0))
     with pytest.raises(InputError, match=rf"{BREMEN}_leftImg8bit.png has no label .*"
                                          rf"{BREMEN}_gtFine_labelTrainIds.png \(2 of 3"):
-        opened("cityscapes", city)
+        opened(Cityscapes, city)
 
 
 def test_missing_files(city):
@@ -211,16 +164,14 @@ def test_missing_files(city):
     label = next((city / "gtFine/train/ulm").glob("*labelIds.png"))
     label.rename(city / "gtFine/train/aachen" / label.name)
     with pytest.raises(InputError, match=r"has no label .*ulm/ulm_\w+_labelIds.png \(1 of 3"):
-        opened("cityscapes", city)
+        opened(Cityscapes, city)
     for path in city.rglob("val/*/*_leftImg8bit.png"):
         path.rename(path.with_name(path.name.replace("leftImg8bit", "rightImg8bit")))
     with pytest.raises(InputError, match="leftImg8bit/val holds no image .*_leftImg8bit.png"):
-        opened("cityscapes", city, "val")
+        opened(Cityscapes, city, "val")
     (city / "gtFine").rename(city / "gt")
     with pytest.raises(InputError, match="folder .*gtFine/train does not exist"):
-        opened("cityscapes", city)
-    with pytest.raises(InputError, match="--dataset cityscapes needs --data"):
-        opened("cityscapes", city, data=None)
+        opened(Cityscapes, city)
 
 
 @pytest.mark.parametrize("kind, value, message", [
@@ -235,7 +186,7 @@ def test_wrong_values(city, kind, value, message):
             path.unlink()
     path = write_label(city, "gtFine/train", BREMEN, f"gtFine_{kind}", label_of(3, value))
     with pytest.raises(InputError, match=message) as error:
-        opened("cityscapes", city).check()
+        opened(Cityscapes, city).check()
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
@@ -245,7 +196,7 @@ def test_wrong_values(city, kind, value, message):
 def test_extra_as_released_by_the_authors(extra):
     """Official layout: fine images first, then the extra ones; fine may be labelIds, extra not."""
     write_label(extra, "convert_autolabelled", ERBACH, "gtFine_labelTrainIds", label_of(16, 255))
-    dataset = opened("cityscapes-extra", extra)
+    dataset = opened(CityscapesExtra, extra)
     assert [path.name.split("_")[0] for path, _ in dataset.pairs] == [
         "aachen", "bremen", "ulm", "erbach"]
     assert [dataset.load(i)[1][5, 5] for i in range(4)] == [0, 18, 13, 16]
@@ -266,9 +217,9 @@ def test_coarse_labels(extra, kind, value, asked):
     options = {"extra_labels": "gtCoarse/train_extra", "extra_suffix": f"_{asked}.png"}
     if asked == "gtCoarse_labelIds" and kind != asked:
         with pytest.raises(InputError, match=r"has no label .*_gtCoarse_labelIds.png \(1 of 1"):
-            opened("cityscapes-extra", extra, **options)
+            opened(CityscapesExtra, extra, **options)
         return
-    label = opened("cityscapes-extra", extra, **options).load(3)[1]
+    label = opened(CityscapesExtra, extra, **options).load(3)[1]
     assert label[0, 0] == 255 and (label[1:] == 13).all()
 
 
@@ -277,25 +228,25 @@ def test_automatic_labels_as_released_by_nvidia(extra):
     write_label(extra, "refinement_final/train_extra", ERBACH, "leftImg8bit",
                 label_of(CAR_ID, ROAD_ID, 255))
     options = {"extra_labels": "refinement_final/train_extra", "extra_suffix": "_leftImg8bit.png"}
-    label = opened("cityscapes-extra", extra, extra_label_ids=True, **options).load(3)[1]
+    label = opened(CityscapesExtra, extra, extra_label_ids=True, **options).load(3)[1]
     assert label[0, :3].tolist() == [0, 255, 13]
     with pytest.raises(InputError, match="holds the label 26: .*--extra-label-ids"):
-        opened("cityscapes-extra", extra, **options).check()
+        opened(CityscapesExtra, extra, **options).check()
 
 
 def test_extra_images_elsewhere(extra):
     """The folder of the extra images is an option as well; without them: their label is named."""
     (extra / "leftImg8bit/train_extra").rename(extra / "more")
     write_label(extra, "convert_autolabelled", ERBACH, "gtFine_labelTrainIds", label_of(16))
-    assert len(opened("cityscapes-extra", extra, extra_images="more")) == 4
+    assert len(opened(CityscapesExtra, extra, extra_images="more")) == 4
     with pytest.raises(InputError, match="folder .*leftImg8bit/train_extra does not exist"):
-        opened("cityscapes-extra", extra)
+        opened(CityscapesExtra, extra)
 
 
 def test_extra_validation_is_fine(extra):
     """cityscapes-extra is validated on the fine images alone, without its extra folders."""
-    dataset = opened("cityscapes-extra", extra, "val", extra_labels="nowhere")
-    assert names(dataset, extra) == names(opened("cityscapes", extra, "val"), extra)
+    dataset = opened(CityscapesExtra, extra, "val", extra_labels="nowhere")
+    assert names(dataset, extra) == names(opened(Cityscapes, extra, "val"), extra)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -303,7 +254,7 @@ def test_extra_validation_is_fine(extra):
 
 def test_vistas(vistas):
     """Palette PNGs give ids: road 13 -> 0, car 55 -> 13, unlabelled and above 65 -> ignored."""
-    train_set, val_set = opened("mapillary", vistas), opened("mapillary", vistas, "val")
+    train_set, val_set = opened(Mapillary, vistas), opened(Mapillary, vistas, "val")
     assert names(train_set, vistas) == [("training/images/-aZ.jpg", "training/labels/-aZ.png"),
                                         ("training/images/_b0X.jpg", "training/labels/_b0X.png")]
     assert train_set.load(0)[1][0, :6].tolist() == [255, 255, 255, 255, 0, 13]
@@ -319,9 +270,9 @@ def test_vistas_2(vistas):
             (vistas / split / version).mkdir()
         (vistas / split / "labels").rename(vistas / split / "v1.2/labels")
     write(vistas / "training/v2.0/labels/-aZ.png", label_of(99))
-    dataset = opened("mapillary", vistas)
+    dataset = opened(Mapillary, vistas)
     assert dataset.pairs[0][1].parent == vistas / "training/v1.2/labels"
-    assert dataset.load(0)[1][5, 5] == 13 and len(opened("mapillary", vistas, "val")) == 1
+    assert dataset.load(0)[1][5, 5] == 13 and len(opened(Mapillary, vistas, "val")) == 1
 
 
 def test_vistas_instances_are_refused(vistas):
@@ -329,7 +280,7 @@ def test_vistas_instances_are_refused(vistas):
     label = np.full((H, W), 55 * 256 + 3, np.uint16)
     Image.fromarray(label).save(vistas / "training/labels/-aZ.png")
     with pytest.raises(InputError, match="-aZ.png holds the value 14083: labels are"):
-        opened("mapillary", vistas).check()
+        opened(Mapillary, vistas).check()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -340,81 +291,59 @@ def test_cityscapes_export(city, tmp_path, trained_on):
     """Whatever was trained on, label ids under the image's name, which read back as predicted."""
     if trained_on == "labelTrainIds":
         write_train_ids(city)
-    dataset = opened("cityscapes", city, "val")
+    dataset = opened(Cityscapes, city, "val")
     predicted = np.resize([*range(19), 255], (H, W))
-    path = data.export_labels(tmp_path / "out/deep", dataset.name(0), predicted, dataset.classes)
+    path = export_labels(tmp_path / "out/deep", dataset.name(0), predicted, dataset.classes)
     assert path == tmp_path / "out/deep/frankfurt_000001_000538_leftImg8bit.png"
     with Image.open(path) as image:
         assert image.mode == "L" and image.size == (W, H)
         written = np.array(image)
     assert written[0, :20].tolist() == [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33, 0]
-    lut = city_data.cityscapes_classes(label_ids=True).lut
-    assert np.array_equal(lut[data.load_label(path)], predicted)
+    lut = cityscapes_classes(label_ids=True).lut
+    assert np.array_equal(lut[load_label(path)], predicted)
 
 
 def test_exported_files_are_a_data_set(city):
     """Predictions exported as the validation set's labels score as their own truth."""
-    dataset = opened("cityscapes", city, "val")
+    dataset = opened(Cityscapes, city, "val")
     path, predicted = dataset.pairs[0][1], np.resize(np.arange(19), (H, W))
-    data.export_labels(path.parent, dataset.name(0), predicted, dataset.classes)
+    export_labels(path.parent, dataset.name(0), predicted, dataset.classes)
     (path.parent / f"{FRANKFURT}_leftImg8bit.png").replace(path)
-    assert np.array_equal(opened("cityscapes", city, "val").load(0)[1], predicted)
-
-
-def test_ade20k_export(tmp_path):
-    """ADE20K's labels + 1 under the image's name, 0 for none; they read back as predicted."""
-    classes = data.ade20k_classes()
-    predicted = np.resize([*range(150), 255], (10, 151))
-    path = data.export_labels(tmp_path, "/x/ADE_test_00000007.jpg", predicted, classes)
-    assert path == tmp_path / "ADE_test_00000007.png"
-    written = data.load_label(path)
-    assert written[0].tolist() == [*range(1, 151), 0]
-    assert np.array_equal(classes.lut[written], predicted)
-
-
-def test_folder_export(tmp_path):
-    """A data set of one's own: the values of its label files."""
-    classes = data.plain_classes(("sky", "road", "car"))
-    predicted = np.array([[0, 1], [2, 255]])
-    assert np.array_equal(
-        data.load_label(data.export_labels(tmp_path, "a.jpg", predicted, classes)), predicted)
+    assert np.array_equal(opened(Cityscapes, city, "val").load(0)[1], predicted)
 
 
 @pytest.mark.parametrize("value", [19, 33, 254])
 def test_export_refuses_what_is_no_label(tmp_path, value):
     """A value outside the classes is an error and writes nothing, rather than becoming "other"."""
-    classes = city_data.cityscapes_classes(label_ids=False)
+    classes = cityscapes_classes(label_ids=False)
     with pytest.raises(ValueError, match=f"a.png: {value} is no label of 19 classes"):
-        data.export_labels(tmp_path, "a.png", label_of(0, value), classes)
+        export_labels(tmp_path, "a.png", label_of(0, value), classes)
     assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------
 # The commands
 
-SMALL = ["--backbone", "tiny", "--unet-channels", "16", "16", "32", "32", "--vae-channels", "8",
-         "8", "16", "16", "--context-dim", "16", "--num-prompts", "4", "--head-channels", "8",
-         "--batch", "2", "--micro-batch", "2", "--precision", "float32", "--workers", "0",
-         "--log-every", "1", "--iterations", "1", "--save-every", "1", "--eval-every", "1",
-         "--crop", "64", "--scale", "96", "48", "--refine-steps", "1"]
+SMALL = [*TINY, *HEAD, "--backbone", "tiny", "--scale", "96", "48", "--iterations", "1",
+         "--save-every", "1", "--eval-every", "1"]
 
 
 def test_the_real_commands_pretrain_and_finetune_and_export(city, vistas, tmp_path, monkeypatch):
     """Mapillary, then Cityscapes from its weights, then an export whose ids read back as labels."""
     first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "submission"
     for command, flags in (
-            (train.main, ["--dataset", "mapillary", "--data", str(vistas), *SMALL, "--out",
-                          str(first)]),
+            (train.main, ["--dataset", "mapillary", "--data", str(vistas), *SMALL,
+                          "--out", str(first)]),
             (train.main, ["--dataset", "cityscapes", "--data", str(city), *SMALL, "--init-from",
                           str(first), "--out", str(second)]),
             (evaluation.main, ["--checkpoint", str(second), "--workers", "0", "--precision",
                                "float32", "--export", str(out)])):
         monkeypatch.setattr("sys.argv", ["command", *flags])
-        errors.run_command(command)
+        run_command(command)
     report = json.loads((second / "eval" / "metrics.json").read_text())
     assert report["protocol"]["window"] == 1024 and len(report["IoU"]) == 19
     (exported,) = out.iterdir()
     assert exported.name == f"{FRANKFURT}_leftImg8bit.png"
     ids = np.asarray(Image.open(exported))
-    labels = city_data.cityscapes_classes(label_ids=True).lut[ids]
+    labels = cityscapes_classes(label_ids=True).lut[ids]
     assert ids.shape == (H, W) and (labels < 19).all()

@@ -1,76 +1,34 @@
-"""People as samples: COCO's rules, the crop that belongs to the joints, bad files, embedded scenes.
+"""People on files as samples: COCO's rules, the crop that belongs to the joints, bad files.
 
-    pytest tests/test_pose_data.py
+    pytest tests/test_coco.py
 """
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import TINY
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from trees import JOINTS, detection, image_entry, make_coco, make_people, person, write_boxes
 
 import data
-from ops import errors
-import eval as eval_command
-from ops import oks
-from ops import udp as pose
-from sets import coco as pose_data
-from tasks import recipes
-from sets import shapes
+import eval as evaluation
 import train
-from ops.errors import InputError
+from ops import udp
+from ops.errors import InputError, run_command
+from sets.coco import Coco, PoseFolder, read_boxes
+from sets.embedded import PoseScenes
+from sets.files import Cut
+from tasks.recipes import RECIPES, check
 
 CROP = (64, 48)
-SIZE = (80, 100)                 # of the images of the miniature set, height and width
-JOINTS = [[40, 20, 2], [44, 17, 2], [36, 17, 2], [47, 19, 1], [33, 19, 2], [52, 30, 2], [28, 30, 2],
-          [57, 40, 2], [24, 41, 2], [60, 50, 1], [22, 52, 2], [48, 52, 2], [33, 52, 2], [49, 62, 2],
-          [32, 62, 2], [50, 72, 2], [31, 72, 2]]
 
 
-def person(number, image=7, **changes):
-    """A COCO annotation; `changes` replace its entries, None removes them."""
-    entry = {"id": number, "image_id": image, "category_id": 1, "bbox": [20.0, 12.0, 44.0, 64.0],
-             "area": 1500.5, "iscrowd": 0, "num_keypoints": 17, "segmentation": [],
-             "keypoints": [value for joint in JOINTS for value in joint], **changes}
-    return {key: value for key, value in entry.items() if value is not None}
-
-
-def image_entry(number, name, **changes):
-    """A COCO image."""
-    return {"id": number, "width": SIZE[1], "height": SIZE[0], "file_name": name, **changes}
-
-
-def write_set(root, annotations=None, images=None, content=None):
-    """A folder of two dark images, white dot at the nose, red one at the left wrist; its recipe."""
-    images = images or [image_entry(9, "b.png"), image_entry(7, "a.png")]
-    annotations = [person(1), person(2, 9)] if annotations is None else annotations
-    content = content or {"images": images, "annotations": annotations, "categories": []}
-    (root / "annotations").mkdir(exist_ok=True)
-    picture = np.full((*SIZE, 3), 30, np.uint8)
-    picture[19:22, 39:42] = 255
-    picture[49:52, 59:62, 0] = 255
-    for split in ("train", "val"):
-        (root / "images" / split).mkdir(parents=True, exist_ok=True)
-        (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
-        for name in ("a.png", "b.png"):
-            Image.fromarray(picture).save(root / "images" / split / name)
-    return {"dataset": "folder", "data": str(root), "crop": CROP[0], "crop_width": CROP[1],
-            "boxes": None, "seed": 0}
-
-
-def write_boxes(root, entries):
-    """A detections file; the key that names it."""
-    (root / "found.json").write_text(json.dumps(entries))
-    return {"boxes": str(root / "found.json")}
-
-
-def detection(image=7, **changes):
-    """An entry of a detections file."""
-    return {"image_id": image, "category_id": 1, "bbox": [-3.5, 2, 30, 90], "score": 0.003,
-            **changes}
+def opened(root, split="val", seed=0, **options):
+    """A split of a set of one's own."""
+    return PoseFolder(str(root), **options).open(Cut(split, CROP, None, seed))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -78,7 +36,7 @@ def detection(image=7, **changes):
 
 def test_people_come_in_file_order_image_by_image(tmp_path):
     """Image 9 is first in the file, so is its person; hidden and visible joints count alike."""
-    dataset = pose_data.open_dataset(write_set(tmp_path), "val")
+    dataset = opened(make_people(tmp_path))
     assert len(dataset) == 2
     assert [dataset[0, i]["image_id"] for i in (0, 1)] == [9, 7]
     assert dataset.name(0) == str(tmp_path / "images" / "val" / "b.png")
@@ -93,14 +51,14 @@ def test_people_come_in_file_order_image_by_image(tmp_path):
     {"bbox": [20, 12, 0, 9]}, {"bbox": [99.2, 12, 0.8, 9]}, {"bbox": [20, 12, 9, -3]}])
 def test_unusable_people_are_left_out(tmp_path, changes):
     """mmpose's rules: no box, no joints, a crowd, an empty box, also after clipping."""
-    dataset = pose_data.open_dataset(write_set(tmp_path, [person(1, **changes), person(5)]), "val")
+    dataset = opened(make_people(tmp_path, [person(1, **changes), person(5)]))
     assert len(dataset) == 1 and dataset.people.image.tolist() == [1]
 
 
 def test_a_missing_count_is_no_reason_to_drop_a_person(tmp_path):
     """Without num_keypoints the placed joints are counted; without iscrowd nobody is a crowd."""
     someone = person(1, num_keypoints=None, iscrowd=None, keypoints=[5, 6, 2] * 3 + [0] * 42)
-    dataset = pose_data.open_dataset(write_set(tmp_path, [someone]), "val")
+    dataset = opened(make_people(tmp_path, [someone]))
     assert dataset.annotations["annotations"][0]["num_keypoints"] == 3
     assert dataset.people.keypoints[0, :, 2].tolist() == [1] * 3 + [0] * 14
 
@@ -109,20 +67,20 @@ def test_annotations_keep_everyone_who_matters_for_scoring(tmp_path):
     """Crowds and people without joints stay, areas too; other categories go; none in training."""
     entries = [person(1), person(2, iscrowd=1), person(3, num_keypoints=0),
                person(4, keypoints=None, num_keypoints=None), person(5, category_id=3)]
-    spec = write_set(tmp_path, entries)
-    kept = pose_data.open_dataset(spec, "val").annotations
+    make_people(tmp_path, entries)
+    kept = opened(tmp_path).annotations
     assert [entry["id"] for entry in kept["annotations"]] == [1, 2, 3, 4]
     assert [entry["num_keypoints"] for entry in kept["annotations"]] == [17, 17, 0, 0]
     assert kept["annotations"][0] == {k: v for k, v in person(1).items() if k != "segmentation"}
     assert [image["id"] for image in kept["images"]] == [9, 7]
-    assert pose_data.open_dataset(spec, "train").annotations is None
+    assert opened(tmp_path, "train").annotations is None
 
 
 def test_detections_are_taken_as_they_are(tmp_path):
     """In the file's order, unclipped, whatever their score; only people; validation only."""
     found = [detection(), detection(9, score=0.5), detection(category_id=18), detection(9)]
-    spec = write_set(tmp_path) | write_boxes(tmp_path, found)
-    dataset = pose_data.open_dataset(spec, "val")
+    boxes = write_boxes(make_people(tmp_path), found)
+    dataset = opened(tmp_path, boxes=boxes)
     assert dataset.boxes == "found.json" and len(dataset) == 3
     samples = [dataset[0, i] for i in range(3)]
     assert [(s["image_id"], s["score"], s["id"]) for s in samples] == [(7, 0.003, 0), (9, 0.5, 1),
@@ -130,8 +88,8 @@ def test_detections_are_taken_as_they_are(tmp_path):
     assert dataset.people.boxes[0].tolist() == [-3.5, 2, 26.5, 92]
     assert (samples[0]["target"][:, 2] == 0).all()
     assert samples[0]["center"].tolist() == [11.5, 47] and samples[0]["scale"][1] == 90 * 1.25
-    assert len(pose_data.open_dataset(spec, "train")) == 2
-    assert pose_data.open_dataset(spec | {"boxes": None}, "val").boxes == "ground-truth boxes"
+    assert len(opened(tmp_path, "train", boxes=boxes)) == 2
+    assert opened(tmp_path).boxes == "ground-truth boxes"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -139,13 +97,13 @@ def test_detections_are_taken_as_they_are(tmp_path):
 
 def test_evaluation_sample(tmp_path):
     """The crop shows the padded box; its target goes back to the annotated joints."""
-    dataset = pose_data.open_dataset(write_set(tmp_path), "val")
+    dataset = opened(make_people(tmp_path))
     sample = dataset[0, 1]
     assert sample["image"].shape == (3, *CROP) and sample["image"].dtype == torch.float32
     assert sample["target"].shape == (17, 3) and sample["target"].dtype == torch.float32
     assert sample["name"].endswith("a.png") and (sample["score"], sample["id"]) == (1.0, 1)
     assert sample["center"].tolist() == [42, 44] and sample["scale"].tolist() == [60, 80]
-    back = pose.to_image(sample["target"][None, :, :2].double(), sample["center"][None],
+    back = udp.to_image(sample["target"][None, :, :2].double(), sample["center"][None],
                          sample["scale"][None], CROP)
     assert np.abs(back[0].numpy() - np.array(JOINTS)[:, :2]).max() < 1e-4
     x, y = sample["target"][0, :2].round().long().tolist()
@@ -155,7 +113,7 @@ def test_evaluation_sample(tmp_path):
 
 def test_evaluation_samples_are_collated(tmp_path):
     """A loader stacks what evaluation needs."""
-    dataset = pose_data.open_dataset(write_set(tmp_path), "val")
+    dataset = opened(make_people(tmp_path))
     batch = next(iter(data.eval_loader(dataset, 2, 0)))
     assert batch["image"].shape == (2, 3, *CROP) and batch["scale"].shape == (2, 2)
     assert batch["image_id"].tolist() == [9, 7] and batch["id"].tolist() == [0, 1]
@@ -164,11 +122,10 @@ def test_evaluation_samples_are_collated(tmp_path):
 
 def test_training_sample_depends_on_seed_epoch_and_index(tmp_path):
     """The same key gives the same sample, another epoch, index or seed another one."""
-    spec = write_set(tmp_path)
-    dataset = pose_data.open_dataset(spec, "train")
+    dataset = opened(make_people(tmp_path), "train")
     first, again = dataset[3, 1], dataset[3, 1]
     assert first["image"].equal(again["image"]) and first["target"].equal(again["target"])
-    other_seed = pose_data.open_dataset(spec | {"seed": 1}, "train")
+    other_seed = opened(tmp_path, "train", seed=1)
     for other in (dataset[4, 1], dataset[3, 0], other_seed[3, 1]):
         assert not first["target"].equal(other["target"])
     assert set(first) == {"image", "target", "name"}
@@ -179,7 +136,7 @@ def test_augmented_joints_stay_on_their_pixels(tmp_path):
 
     About half of the samples are mirrored: the dot of the left wrist is then at the right one.
     """
-    dataset = pose_data.open_dataset(write_set(tmp_path), "train")
+    dataset = opened(make_people(tmp_path), "train")
     noses, wrists = 0, []
     for epoch in range(80):
         sample = dataset[epoch, 0]
@@ -195,9 +152,19 @@ def test_augmented_joints_stay_on_their_pixels(tmp_path):
     assert noses > 40 and len(wrists) > 40 and 0.35 < np.mean(wrists) < 0.65
 
 
+def test_without_augmentation_training_sees_the_crops_of_evaluation(tmp_path):
+    """--no-augment: every epoch the same crop, the one that is evaluated."""
+    make_people(tmp_path)
+    train_set, val_set = (opened(tmp_path, split, augment=False) for split in ("train", "val"))
+    for epoch in (0, 1):
+        sample, expected = train_set[epoch, 0], val_set[0, 0]
+        assert torch.equal(sample["image"], expected["image"])
+        assert torch.equal(sample["target"], expected["target"])
+
+
 def test_check_opens_images_and_says_what_the_boxes_are(tmp_path):
     """One line: how many people on how many images, from which boxes, how large."""
-    dataset = pose_data.open_dataset(write_set(tmp_path), "val")
+    dataset = opened(make_people(tmp_path))
     assert dataset.check() == (
         "2 people on 2 images, ground-truth boxes: 64 to 64 pixels high, 17.0 joints labelled; "
         "2 images opened")
@@ -212,25 +179,22 @@ def test_check_opens_images_and_says_what_the_boxes_are(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "images"])
 def test_coco_layout(tmp_path, prefix):
     """As released, images beside the annotations or below images/."""
-    spec = write_set(tmp_path) | {"dataset": "coco"}
+    make_coco(tmp_path, prefix)
     for split in ("train", "val"):
-        (tmp_path / "annotations" / f"{split}.json").rename(
-            tmp_path / "annotations" / f"person_keypoints_{split}2017.json")
-        (tmp_path / "images" / split).rename(tmp_path / prefix / f"{split}2017")
-        dataset = pose_data.open_dataset(spec, split)
+        dataset = Coco(str(tmp_path)).open(Cut(split, CROP, None, 0))
         assert dataset.name(0) == str(tmp_path / prefix / f"{split}2017" / "b.png")
         assert dataset[0, 0]["image"].shape == (3, *CROP)
 
 
 def test_paths_replace_the_layout(tmp_path):
     """With an annotation file and a folder of images --data isn't needed."""
-    spec = write_set(tmp_path) | {"data": None}
-    spec |= {"val_json": str(tmp_path / "annotations" / "train.json"),
-             "images": str(tmp_path / "images" / "train")}
-    dataset = pose_data.open_dataset(spec, "val")
+    make_people(tmp_path)
+    files = PoseFolder(val_json=str(tmp_path / "annotations" / "train.json"),
+                       images=str(tmp_path / "images" / "train"))
+    dataset = files.open(Cut("val", CROP, None, 0))
     assert dataset.name(1) == str(tmp_path / "images" / "train" / "a.png")
-    with pytest.raises(InputError, match="needs --data"):
-        pose_data.open_dataset(spec, "train")
+    with pytest.raises(InputError, match="--data is missing"):
+        files.open(Cut("train", CROP, None, 0))
 
 
 @pytest.mark.parametrize("entry,named", [
@@ -250,9 +214,9 @@ def test_paths_replace_the_layout(tmp_path):
     ("text", "annotation number 1: an annotation is an object")])
 def test_bad_annotations_are_named(tmp_path, entry, named):
     """File, annotation and what would be right, in one line."""
-    spec = write_set(tmp_path, [person(1), entry])
+    make_people(tmp_path, [person(1), entry])
     with pytest.raises(InputError, match=named) as error:
-        pose_data.open_dataset(spec, "train")
+        opened(tmp_path, "train")
     assert "train.json" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -265,7 +229,7 @@ def test_bad_annotations_are_named(tmp_path, entry, named):
 def test_bad_images_are_named(tmp_path, images, named):
     """An image twice, too small, half described or without its file."""
     with pytest.raises(InputError, match=named):
-        pose_data.open_dataset(write_set(tmp_path, [person(1)], images), "train")
+        opened(make_people(tmp_path, [person(1)], images), "train")
 
 
 @pytest.mark.parametrize("content,named", [
@@ -277,196 +241,122 @@ def test_bad_images_are_named(tmp_path, images, named):
 def test_files_without_people_are_refused(tmp_path, content, named):
     """A json of another kind, or one in which nobody is left."""
     with pytest.raises(InputError, match=f"train.json {named}"):
-        pose_data.open_dataset(write_set(tmp_path, content=content), "train")
+        opened(make_people(tmp_path, content=content), "train")
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
     """No json, broken json, no folder of images."""
-    spec = write_set(tmp_path)
+    make_people(tmp_path)
     (tmp_path / "annotations" / "val.json").write_text("{")
     with pytest.raises(InputError, match="val.json is not valid JSON"):
-        pose_data.open_dataset(spec, "val")
+        opened(tmp_path)
     (tmp_path / "annotations" / "val.json").unlink()
     with pytest.raises(InputError, match="val.json does not exist"):
-        pose_data.open_dataset(spec, "val")
+        opened(tmp_path)
     with pytest.raises(InputError, match="train2017 does not exist: see the layouts"):
-        pose_data.open_dataset(spec | {"dataset": "coco"}, "train")
+        Coco(str(tmp_path)).open(Cut("train", CROP, None, 0))
 
 
 @pytest.mark.parametrize("entry,named", [
-    (detection(70), "entry number 1: image_id 70 is not in .*val.json"),
-    (detection(bbox=[1, 2, 3]), "entry number 1: bbox is .* a list of 4 finite numbers"),
-    (detection(bbox=[1, 2, 0, 3]), "entry number 1: its box is 0 wide and 3 high"),
-    (detection(score=None), "entry number 1: score is None, but should be a finite number"),
-    ([1], "is no detections file: it must be a list")])
-def test_bad_detections_are_named(tmp_path, entry, named):
+    (detection(bbox=[1, 2, 3]), "bbox is .* a list of 4 finite numbers"),
+    (detection(bbox=[1, 2, 0, 3]), "its box is 0 wide and 3 high"),
+    (detection(bbox=[1, 2, float("inf"), 3]), "bbox is .* a list of 4 finite numbers"),
+    (detection(score=None), "score is None, but should be a finite number"),
+    (detection(score="0.9"), "score is '0.9', but should be a finite number"),
+    (detection(score=10 ** 400), "score is 1000.*, but should be a finite number"),
+    (detection("1"), "file_name .a text. or image_id .an integer. must be there")])
+def test_bad_boxes_are_named(tmp_path, entry, named):
     """File, entry and what would be right."""
-    spec = write_set(tmp_path) | write_boxes(tmp_path, [detection(), entry])
-    with pytest.raises(InputError, match=f"found.json.*{named}"):
-        pose_data.open_dataset(spec, "val")
+    with pytest.raises(InputError, match=f"found.json, entry number 1: {named}") as error:
+        read_boxes(Path(write_boxes(tmp_path, [detection(), entry])))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content,named", [
+    ("[{]", "is not valid JSON"), ("[3]", "is no file of boxes: it must be a list of {image_id or"),
+    ('{"a.png": 3}', "is no file of boxes")])
+def test_files_of_another_kind_are_no_boxes(tmp_path, content, named):
+    """Broken JSON, a list of something else, an object of something else."""
+    (tmp_path / "found.json").write_text(content)
+    with pytest.raises(InputError, match=f"found.json {named}"):
+        read_boxes(tmp_path / "found.json")
+
+
+def test_boxes_by_image_or_by_name(tmp_path):
+    """COCO's detections, the same with file names, or a list of boxes per name; others left out."""
+    found = [detection(7, score=0.5), {"file_name": "sub/a.png", "bbox": [1, 2, 3, 4]},
+             detection(category_id=18)]
+    boxes = read_boxes(Path(write_boxes(tmp_path, found)))
+    assert [(b["image"], b["score"]) for b in boxes] == [(7, 0.5), ("sub/a.png", 1.0)]
+    boxes = read_boxes(Path(write_boxes(tmp_path, {"a.png": [[1, 2, 3, 4], [5, 6, 7, 8]]})))
+    assert [(b["image"], b["bbox"]) for b in boxes] == [("a.png", [1, 2, 3, 4]),
+                                                        ("a.png", [5, 6, 7, 8])]
+
+
+def test_detections_must_be_of_the_annotations_images(tmp_path):
+    """By id or by file name; another one is named with both files."""
+    make_people(tmp_path)
+    named = write_boxes(tmp_path, [{"file_name": "b.png", "bbox": [1, 2, 30, 40]}])
+    assert opened(tmp_path, boxes=named).people.image.tolist() == [0]
+    with pytest.raises(InputError, match="found.json, entry number 0: image 70 is not in .*val.js"):
+        opened(tmp_path, boxes=write_boxes(tmp_path, [detection(70)]))
 
 
 def test_an_image_of_another_size_is_refused_when_loaded(tmp_path):
     """The joints of another version of the picture would be off."""
-    dataset = pose_data.open_dataset(write_set(tmp_path), "val")
+    dataset = opened(make_people(tmp_path))
     Image.new("RGB", (50, 40)).save(tmp_path / "images" / "val" / "a.png")
     with pytest.raises(InputError, match="a.png is 50x40, in the annotations 100x80"):
         dataset[0, 1]
 
 
 # ------------------------------------------------------------------------------------------------
-# Embedded scenes
-
-class Silhouettes(pose_data.ShapesPose):
-    """Scenes whose picture is white where people are; hidden joints count as unlabelled."""
-
-    def render(self, seed):
-        scene = super().render(seed)
-        mask = (scene.label == shapes.PERSON)[..., None].repeat(3, axis=2)
-        keypoints = scene.keypoints * (scene.keypoints[:, :, 2:] == 2)
-        return replace(scene, image=(255 * mask).astype(np.uint8), keypoints=keypoints)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_joints_of_scenes_land_on_people(training):
-    """Visible joints of a sample lie on a person's pixels of its crop, augmented or not."""
-    dataset = Silhouettes(20, training=training, crop=(96, 72), size=96, seed=1)
-    on, total = 0, 0
-    for index in range(20):
-        sample = dataset[2, index]
-        for x, y, labelled in sample["target"].round().long().tolist():
-            if labelled and 0 <= x < 72 and 0 <= y < 96:
-                on += sample["image"][0, y, x].item() > 0.3
-                total += 1
-    assert total > 100 and on > 0.97 * total
-    assert 0.03 < sample["image"].mean() < 0.9
-
-
-def test_training_scenes_are_new_in_every_epoch_and_reproducible():
-    """The key alone decides; training never meets the seeds of the validation scenes."""
-    dataset = pose_data.ShapesPose(5, training=True, crop=CROP, size=48)
-    first, again, other = dataset[0, 2], dataset[0, 2], dataset[1, 2]
-    assert len(dataset) == 5 and first["image"].equal(again["image"])
-    assert first["name"] == "scene 2" and other["name"] == "scene 7"
-    last = max(dataset.scene_seed((10 ** 6, 4), attempt) for attempt in range(16))
-    assert last < data.VAL_SEED
-    assert pose_data.ShapesPose(5, training=True, crop=CROP, size=48, seed=1).scene_seed(
-        (0, 0)) > data.VAL_SEED + 10 ** 9
-
-
-def test_scenes_without_a_visible_person_are_skipped(monkeypatch):
-    """Further seeds are tried in a fixed order."""
-    dataset = pose_data.ShapesPose(5, training=True, crop=CROP, size=48)
-    render = pose_data.shapes.render
-
-    def hide(seed, height, width):
-        scene = render(seed, height, width)
-        return scene if seed > 100 else replace(scene, keypoints=scene.keypoints * [1, 1, 0.5])
-
-    monkeypatch.setattr(pose_data.shapes, "render", hide)
-    assert dataset[0, 3]["name"] == f"scene {3 + data.VAL_SEED // 16}"
-
-
-def test_validation_scenes_are_fixed_and_everyone_in_them_is_annotated():
-    """Independent of the run's seed; ids count from 1; samples point to their images."""
-    sets = [pose_data.ShapesPose(12, training=False, crop=CROP, size=64, seed=s) for s in (0, 1)]
-    scenes = [shapes.render(data.VAL_SEED + i, 64, 64) for i in range(12)]
-    people = [p for scene in scenes for p in scene.keypoints]
-    truth = sets[0].annotations
-    assert truth == sets[1].annotations and len(sets[0]) <= len(people)
-    assert len(people) > 12                          # some scene shows two
-    assert [a["id"] for a in truth["annotations"]] == list(range(1, len(people) + 1))
-    assert [a["num_keypoints"] for a in truth["annotations"]] == [(p[:, 2] > 0).sum()
-                                                                  for p in people]
-    assert [a["area"] for a in truth["annotations"]] == [x for s in scenes for x in s.areas]
-    assert [i["id"] for i in truth["images"]] == list(range(1, 13))
-    sample = sets[0][0, len(sets[0]) - 1]
-    assert sample["image_id"] == 12 and sample["score"] == 1
-    assert sample["name"] == f"scene {data.VAL_SEED + 11}"
-    assert sets[0].check() == f"{len(sets[0])} people in 12 scenes of 64x64 pixels"
-
-
-def test_perfect_heatmaps_score_one(capsys):
-    """Targets decoded and sent back to the image get AP 1 from pycocotools on the annotations."""
-    dataset = pose_data.ShapesPose(6, training=False, crop=(256, 192), size=96)
-    results = []
-    for batch in data.eval_loader(dataset, 4, 0):
-        maps, _ = pose.heatmap_targets(batch["target"], (256, 192), (64, 48), 2)
-        xy, score = pose.decode(maps, 11)
-        xy = pose.to_image(xy, batch["center"], batch["scale"], (64, 48))
-        results += [{"image_id": image, "category_id": 1, "score": 1.0, "keypoints": joints}
-                    for image, joints in zip(batch["image_id"].tolist(), torch.cat(
-                        [xy, score[..., None]], dim=-1).flatten(1).tolist())]
-    truth = COCO()
-    truth.dataset = json.loads(json.dumps(dataset.annotations))
-    truth.createIndex()
-    evaluation = COCOeval(truth, truth.loadRes(results), "keypoints")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    assert len(results) >= 6 and evaluation.stats[0] > 0.999
-
-
-# ------------------------------------------------------------------------------------------------
 # The commands
 
-SMALL = ["--backbone", "tiny", "--unet-channels", "32", "32", "64", "64", "--vae-channels", "32",
-         "32", "32", "32", "--context-dim", "16", "--num-prompts", "4", "--deconv-channels", "8",
-         "--refine-steps", "2", "--batch", "2", "--micro-batch", "2", "--precision", "float32",
-         "--workers", "0", "--log-every", "1", "--iterations", "2", "--save-every", "1",
-         "--eval-every", "2", "--crop", "128", "--crop-width", "64", "--sigma", "1"]
+SMALL = [*TINY, "--backbone", "tiny", "--deconv-channels", "8", "--batch", "2", "--iterations", "2",
+         "--save-every", "1", "--eval-every", "2", "--crop", "128", "--crop-width", "64", "--sigma",
+         "1"]
+EVALUATE = ["--workers", "0", "--precision", "float32"]
+
+
+def run(command, monkeypatch, *flags):
+    """A command line in this process."""
+    monkeypatch.setattr("sys.argv", ["command", *map(str, flags)])
+    run_command(command)
 
 
 def test_a_miniature_set_trains_resumes_and_evaluates(tmp_path, monkeypatch, capsys):
     """The real commands on a COCO-format folder: train, resume, evaluate on both kinds of boxes."""
-    write_set(tmp_path)
-    out, boxes = tmp_path / "run", write_boxes(tmp_path, [detection(score=0.9)])["boxes"]
-    for command, flags in (
-            (train.main, ["--task", "pose", "--dataset", "folder", "--data", str(tmp_path), *SMALL,
-                          "--out", str(out)]),
-            (train.main, ["--resume", str(out)]),
-            (eval_command.main, ["--checkpoint", str(out), "--workers", "0", "--precision",
-                                 "float32"]),
-            (eval_command.main, ["--checkpoint", str(out), "--workers", "0", "--precision",
-                                 "float32", "--boxes", boxes, "--out", str(tmp_path / "found")])):
-        monkeypatch.setattr("sys.argv", ["command", *flags])
-        errors.run_command(command)
+    make_people(tmp_path)
+    out = tmp_path / "run"
+    run(train.main, monkeypatch, "--task", "pose", "--dataset", "folder", "--data", tmp_path,
+        *SMALL, "--out", out)
+    run(train.main, monkeypatch, "--resume", out)
+    run(evaluation.main, monkeypatch, "--checkpoint", out, *EVALUATE)
+    run(evaluation.main, monkeypatch, "--checkpoint", out, *EVALUATE, "--boxes",
+        tmp_path / "found.json", "--out", tmp_path / "found")
     records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert {"mse", "loss"} <= records[0].keys() and {"AP", "AR", "PCK"} <= records[-1].keys()
     report = json.loads((out / "eval" / "metrics.json").read_text())
     assert report["images"] == 2 and report["PCK"] == pytest.approx(records[-1]["PCK"])
     found = json.loads((tmp_path / "found" / "metrics.json").read_text())
     assert found["images"] == 1 and "PCK" not in found
-    assert [r["image_id"] for r in oks.read_results(tmp_path / "found" / "keypoints.json")] == [7]
+    results = json.loads((tmp_path / "found" / "keypoints.json").read_text())
+    assert [(r["image_id"], r["category_id"], len(r["keypoints"])) for r in results] == [(7, 1, 51)]
     assert "(found.json)" in capsys.readouterr().out
-
-
-def test_the_embedded_people_train_and_evaluate(tmp_path, monkeypatch, capsys):
-    """`train.py --task pose` needs no files; eval.py on its run prints the same figures."""
-    out = tmp_path / "run"
-    for command, flags in (
-            (train.main, ["--task", "pose", *SMALL, "--val-scenes", "2", "--out", str(out)]),
-            (eval_command.main, ["--checkpoint", str(out), "--workers", "0", "--precision",
-                                 "float32"])):
-        monkeypatch.setattr("sys.argv", ["command", *flags])
-        errors.run_command(command)
-    record = [json.loads(line) for line in (out / "metrics.jsonl").open()][-1]
-    report = json.loads((out / "eval" / "metrics.json").read_text())
-    assert report["images"] >= 2 and report["AP"] == pytest.approx(record["AP"])
-    assert (out / "pictures" / "step_000002.png").is_file()
 
 
 @pytest.mark.slow
 def test_the_full_recipe_takes_a_step_in_bfloat16(tmp_path):
     """COCO's recipe at SD1.5's width, 576 x 448, T = 3: one optimiser step, in less than 22 GB."""
-    recipe = replace(recipes.RECIPES["pose", "coco"], backbone="tiny", init="random", batch=2,
-                     micro_batch=2, out=str(tmp_path))
-    recipes.check(recipe)
-    torch.manual_seed(0)
+    row = RECIPES["pose", "coco"]
+    recipe = replace(row, backbone="tiny", init="random", batch=2, micro_batch=2, out=str(tmp_path),
+                     model=replace(row.model, train_encoder=True))
+    check(recipe)
     model = train.build_model(recipe, ())
     model.unet.gradient_checkpointing = recipe.gradient_checkpointing
     optimizer = train.build_optimizer(model, recipe)
-    people = pose_data.ShapesPose(2, training=True, crop=(576, 448), size=448)
+    people = PoseScenes(2).open(Cut("train", (recipe.crop, recipe.crop_width), None, 0))
     batch = next(iter(data.train_loader(people, 2, 0, 0, 0)))
     before = model.prompts.detach().clone()
     losses = train.train_step(model.loss, optimizer, iter([batch]), recipe, 400,
@@ -476,13 +366,3 @@ def test_the_full_recipe_takes_a_step_in_bfloat16(tmp_path):
     assert losses["loss"] > 0 and not torch.equal(before, model.prompts)
     assert sum(p.numel() for p in model.parameters()) > 859_520_964 + 34_000_000
     assert peak < 22
-
-
-def test_without_augmentation_training_sees_the_crops_of_evaluation(tmp_path):
-    """--no-augment: every epoch the same crop, the one that is evaluated."""
-    spec = {**write_set(tmp_path), "augment": False}
-    train_set, val_set = (pose_data.open_dataset(spec, split) for split in ("train", "val"))
-    for epoch in (0, 1):
-        sample, expected = train_set[epoch, 0], val_set[0, 0]
-        assert torch.equal(sample["image"], expected["image"])
-        assert torch.equal(sample["target"], expected["target"])

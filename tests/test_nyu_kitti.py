@@ -1,81 +1,46 @@
 """Depth sets in their released layouts, from 16-bit PNG to metres, through the real commands.
 
-    pytest tests/test_depth_data.py
+    pytest tests/test_nyu_kitti.py
 """
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import HEAD, TINY, refused
 from PIL import Image
-from test_train import TINY, run
 from safetensors.torch import load_file
+from trees import KITTI_RGB, cut, make_kitti, make_nyu, write_pair
 
-from ops import augment
-from sets import nyu_kitti as depth_data
-from ops import errors
 import eval as evaluation
-from tasks import recipes
 import train
-from ops.errors import InputError
+from ops.errors import InputError, run_command
+from sets.nyu_kitti import DepthFolder, Kitti, Nyu
 
-KITTI_RGB = "/raw_data/2011_09_26/2011_09_26_drive_{}_sync/image_02/data/{:010d}.png"
-KITTI_DEPTH = ("/data_depth_annotated/train/2011_09_26_drive_{}_sync/proj_depth/groundtruth/"
-               "image_02/{:010d}.png")
-
-
-def write_pair(root, rgb, depth, size, units, seed):
-    """A random image and a depth ramp of 2 to 8 metres with a hole; returns the list line."""
-    rng = np.random.default_rng(seed)
-    height, width = size
-    for path in (rgb, depth):
-        (root / path.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
-    image = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-    Image.fromarray(image).resize((width, height)).save(root / rgb.lstrip("/"))
-    metres = np.linspace(2, 8, width)[None].repeat(height, axis=0)
-    metres[: height // 4] = 0
-    Image.fromarray((metres * units).astype(np.uint16)).save(root / depth.lstrip("/"))
-    return f"{rgb} {depth} 518.8579\n"
+SETS = {"nyu": (Nyu, make_nyu), "kitti": (Kitti, make_kitti)}
 
 
-def make_nyu(root):
-    """A miniature NYU v2 tree with its two lists; returns the flags that name it."""
-    train_lines = [write_pair(root / "sync", f"/kitchen_000{i}/rgb_0000{i}.jpg",
-                              f"/kitchen_000{i}/sync_depth_0000{i}.png", (480, 640), 1000, i)
-                   for i in range(4)]
-    val_lines = [write_pair(root / "official_splits" / "test", f"/bathroom/rgb_0004{i}.jpg",
-                            f"/bathroom/sync_depth_0004{i}.png", (480, 640), 1000, 10 + i)
-                 for i in range(2)]
-    return lists(root, "nyu", train_lines, val_lines)
+def opened(name, root, split, **options):
+    """A split of a miniature set."""
+    files = SETS[name][0](str(root), str(root / "train.txt"), str(root / "val.txt"))
+    return files.open(cut(split, **options))
 
 
-def make_kitti(root):
-    """A miniature KITTI tree (375 x 1242) with its two lists; returns the flags that name it."""
-    train_lines = [write_pair(root, KITTI_RGB.format("0001", i), KITTI_DEPTH.format("0001", i),
-                              (375, 1242), 256, i) for i in range(4)]
-    val_lines = [write_pair(root, KITTI_RGB.format("0002", i), KITTI_DEPTH.format("0002", i),
-                            (375, 1242), 256, 10 + i) for i in range(2)]
-    return lists(root, "kitti", train_lines, ["a.png None 1\n", *val_lines])
+def flags_of(name, root):
+    """The flags that name a miniature set, which is made."""
+    SETS[name][1](root)
+    return ["--task", "depth", "--dataset", name, "--data", root, "--train-list",
+            root / "train.txt", "--val-list", root / "val.txt"]
 
 
-def lists(root, dataset, train_lines, val_lines):
-    """Write the two list files; returns the flags that name data set, folder and lists."""
-    (root / "train.txt").write_text("".join(train_lines))
-    (root / "val.txt").write_text("".join(val_lines))
-    return ["--task", "depth", "--dataset", dataset, "--data", str(root), "--train-list",
-            str(root / "train.txt"), "--val-list", str(root / "val.txt")]
-
-
-def spec_of(flags):
-    """The recipe as a dict that the flags give."""
-    from dataclasses import asdict
-    return asdict(recipes.resolve(recipes.parse([*flags, "--out", "nowhere"])))
-
+# ------------------------------------------------------------------------------------------------
+# Samples
 
 def test_nyu_is_read_in_metres(tmp_path):
     """Millimetres become metres, 0 stays unknown; counts and roots follow the released layout."""
-    spec = spec_of(make_nyu(tmp_path))
-    train_set, val_set = (depth_data.open_dataset(spec, split) for split in ("train", "val"))
+    make_nyu(tmp_path)
+    train_set, val_set = opened("nyu", tmp_path, "train", side=480), opened("nyu", tmp_path, "val")
     assert (len(train_set), len(val_set)) == (4, 2)
     sample = val_set[0, 0]
     assert sample["image"].shape == (3, 480, 640) and sample["target"].shape == (480, 640)
@@ -88,30 +53,61 @@ def test_nyu_is_read_in_metres(tmp_path):
 
 def test_kitti_is_cropped_at_the_bottom_centre(tmp_path):
     """352 x 1216 from the last rows and the middle columns, for image and depth, in both splits."""
-    spec = spec_of(make_kitti(tmp_path))
-    sample = depth_data.open_dataset(spec, "val")[0, 0]
+    make_kitti(tmp_path)
+    sample = opened("kitti", tmp_path, "val")[0, 0]
     whole = np.asarray(Image.open(tmp_path / KITTI_RGB.format("0002", 0).lstrip("/")))
     assert sample["image"].shape == (3, 352, 1216)
     expected = torch.from_numpy(whole[23:, 13:1229].astype(np.float32) / 255).permute(2, 0, 1)
     assert torch.equal(sample["image"], expected)
     assert sample["target"][-1, 0] == pytest.approx(2 + 6 * 13 / 1241, abs=0.01)
-    assert depth_data.open_dataset(spec, "train")[0, 0]["target"].shape == (352, 352)
+    assert opened("kitti", tmp_path, "train", side=352)[0, 0]["target"].shape == (352, 352)
 
 
 def test_same_key_gives_the_same_sample(tmp_path):
     """Augmentation depends on (seed, epoch, index) alone."""
-    dataset = depth_data.open_dataset(spec_of(make_nyu(tmp_path)), "train")
+    dataset = opened("nyu", make_nyu(tmp_path), "train")
     a, b, other = dataset[3, 1], dataset[3, 1], dataset[4, 1]
     assert torch.equal(a["image"], b["image"]) and torch.equal(a["target"], b["target"])
     assert not torch.equal(a["image"], other["image"])
 
 
+def test_folder_depth_uses_the_given_units(tmp_path):
+    """images/ and depths/ of the same names; --depth-scale units per metre."""
+    write_pair(tmp_path, "images/val/a.png", "depths/val/a.png", (64, 96), 100)
+    target = DepthFolder(str(tmp_path), 100.0).open(cut("val"))[0, 0]["target"]
+    assert target[-1, -1] == pytest.approx(8.0, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input
+
 def test_a_shared_drive_is_refused(tmp_path):
     """A drive in both lists would make the test set part of the training set."""
-    flags = make_kitti(tmp_path)
+    make_kitti(tmp_path)
     (tmp_path / "val.txt").write_text((tmp_path / "train.txt").read_text())
     with pytest.raises(InputError, match="2011_09_26_drive_0001_sync is in the training and"):
-        depth_data.open_dataset(spec_of(flags), "val")
+        opened("kitti", tmp_path, "val")
+
+
+def test_images_smaller_than_their_crop_are_refused(tmp_path):
+    """NYU's are compared with the training crop, KITTI's with the benchmark's."""
+    with pytest.raises(InputError, match="rgb_00000.jpg is 640x480: at least 512x512 is needed"):
+        opened("nyu", make_nyu(tmp_path), "train", side=512)[0, 0]
+    (tmp_path / "k").mkdir()
+    make_kitti(tmp_path / "k")
+    dataset = opened("kitti", tmp_path / "k", "val")
+    write_pair(Path("/"), *map(str, dataset.pairs[0]), (300, 1242), 256)
+    with pytest.raises(InputError, match="png is 1242x300: at least 1216x352 is needed"):
+        dataset[0, 0]
+
+
+def test_maps_without_any_depth_are_refused(tmp_path):
+    """0 means unknown: maps of zeros cannot be trained on."""
+    dataset = opened("nyu", make_nyu(tmp_path), "val")
+    for _, path in dataset.pairs:
+        Image.fromarray(np.zeros((480, 640), np.uint16)).save(path)
+    with pytest.raises(InputError, match="no depth in the 2 maps checked"):
+        dataset.check()
 
 
 def spoil(root, kind):
@@ -130,80 +126,61 @@ def spoil(root, kind):
     if kind == "corrupt":
         image.write_bytes(image.read_bytes()[:500])
         return image.name
-    (root / "train.txt").write_text("just-one-word\n")
-    return "line 1: 'just-one-word'"
+    (root / "train.txt").write_text({"line": "just-one-word\n", "empty": "a.jpg None\n"}[kind])
+    return "line 1: 'just-one-word'" if kind == "line" else "train.txt names no pair of files"
 
 
-@pytest.mark.parametrize("kind", ["missing", "8 bit", "size", "corrupt", "line"])
+@pytest.mark.parametrize("kind", ["missing", "8 bit", "size", "corrupt", "line", "empty"])
 def test_bad_data_is_refused_in_one_line(tmp_path, monkeypatch, capsys, kind):
     """Exit code 2 and one line that names the file or line, before the model is built."""
-    flags = make_nyu(tmp_path)
+    flags = flags_of("nyu", tmp_path)
     named = spoil(tmp_path, kind)
-    code, stderr = run(train.main, monkeypatch, capsys, *flags, "--out", tmp_path / "r")
+    code, stderr = refused(train.main, monkeypatch, capsys, *flags, "--out", tmp_path / "r")
     assert code == 2 and stderr.count("\n") == 1 and named in stderr, stderr
     assert not (tmp_path / "r").exists()
 
 
 def test_lists_are_asked_for(tmp_path, monkeypatch, capsys):
-    """Without --train-list the message says what it is."""
-    flags = make_nyu(tmp_path)[:6]
-    code, stderr = run(train.main, monkeypatch, capsys, *flags, "--out", tmp_path / "r")
-    assert code == 2 and "--train-list is missing" in stderr
+    """Without --train-list the message says what it is; one that isn't there is named."""
+    flags = flags_of("nyu", tmp_path)
+    for given, named in ((flags[:6], "--train-list is missing"),
+                         ([*flags[:6], "--train-list", "nowhere.txt"], "nowhere.txt cannot be")):
+        code, stderr = refused(train.main, monkeypatch, capsys, *given, "--out", tmp_path / "r")
+        assert code == 2 and named in stderr
 
 
-SMALL = ["--backbone", "tiny", "--unet-channels", "16", "16", "32", "32", "--vae-channels", "8",
-         "8", "16", "16", "--context-dim", "16", "--num-prompts", "4", "--head-channels", "8",
-         "--refine-steps", "2", "--batch", "2", "--micro-batch", "2", "--precision", "float32",
-         "--workers", "0", "--log-every", "1", "--iterations", "2", "--save-every", "1",
-         "--eval-every", "2", "--resize-scale", "0"]
+# ------------------------------------------------------------------------------------------------
+# The commands
+
+SMALL = [*TINY, *HEAD, "--backbone", "tiny", "--crop", "128", "--batch", "2", "--iterations", "2",
+         "--save-every", "1", "--eval-every", "2", "--resize-scale", "0", "--refine-steps", "1"]
 
 
-@pytest.mark.parametrize("make,size", [(make_nyu, 128), (make_kitti, 128)])
-def test_miniature_sets_train_resume_and_evaluate(tmp_path, monkeypatch, make, size, capsys):
+@pytest.mark.parametrize("name, windows, exported", [
+    ("nyu", 2, "bathroom_rgb_00040.png"),
+    ("kitti", 16, "2011_09_26_drive_0002_sync_0000000000.png")])
+def test_miniature_sets_train_resume_and_evaluate(tmp_path, monkeypatch, capsys, name, windows,
+                                                  exported):
     """The real commands: train, resume after the end, evaluate with the benchmark's protocol."""
-    flags = make(tmp_path / "d") if (tmp_path / "d").mkdir() is None else []
-    out = tmp_path / "run"
-    monkeypatch.setattr("sys.argv", ["train.py", *flags, *SMALL, "--crop", str(size), "--out",
-                                     str(out)])
-    errors.run_command(train.main)
+    def run(command, *flags):
+        monkeypatch.setattr("sys.argv", ["command", *map(str, flags)])
+        run_command(command)
+
+    out, folder = tmp_path / "run", tmp_path / "d"
+    folder.mkdir()
+    run(train.main, *flags_of(name, folder), *SMALL, "--out", out)
     records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert [r["step"] for r in records] == [1, 2, 2]
     assert {"silog", "loss"} <= records[0].keys() and {"rmse", "d1", "abs_rel"} <= records[2].keys()
     before = load_file(out / "last" / "model.safetensors")
-    monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(out)])
-    errors.run_command(train.main)
+    run(train.main, "--resume", out)
     after = load_file(out / "last" / "model.safetensors")
     assert all(torch.equal(v, after[k]) for k, v in before.items())
-    monkeypatch.setattr("sys.argv", ["eval.py", "--checkpoint", str(out), "--workers", "0",
-                                     "--precision", "float32", "--export", str(out / "png")])
-    errors.run_command(evaluation.main)
+    run(evaluation.main, "--checkpoint", out, "--workers", 0, "--precision", "float32",
+        "--export", out / "png")
     report = json.loads((out / "eval" / "metrics.json").read_text())
     assert report["rmse"] == pytest.approx(records[2]["rmse"], rel=1e-5)
-    assert report["protocol"]["windows"] == (2 if make is make_nyu else 16)
-    exported = sorted((out / "png").iterdir())
-    names = ["bathroom_rgb_00040.png"] if make is make_nyu else \
-        ["2011_09_26_drive_0002_sync_0000000000.png"]
-    assert exported[0].name == names[0] and np.asarray(Image.open(exported[0])).dtype == np.uint16
+    assert report["protocol"]["windows"] == windows
+    written = sorted((out / "png").iterdir())
+    assert written[0].name == exported and np.asarray(Image.open(written[0])).dtype == np.uint16
     assert "rmse" in capsys.readouterr().out
-
-
-def test_folder_depth_uses_the_given_units(tmp_path):
-    """images/ and depths/ of the same names; --depth-scale units per metre."""
-    for split in ("train", "val"):
-        write_pair(tmp_path, f"images/{split}/a.png", f"depths/{split}/a.png", (64, 96), 100, 0)
-    spec = spec_of(["--task", "depth", "--dataset", "folder", "--data", str(tmp_path),
-                    "--depth-scale", "100"])
-    target = depth_data.open_dataset(spec, "val")[0, 0]["target"]
-    assert target[-1, -1] == pytest.approx(8.0, abs=0.01)
-
-
-def test_cut_depth_shows_the_low_byte():
-    """Raw depth modulo 256 in a range of columns, all rows and channels (2713 -> 153)."""
-    image = np.zeros((8, 40, 3), np.uint8)
-    depth = np.full((8, 40), 2713, np.float32)
-    for seed in range(20):
-        cut = augment.cut_depth(image, depth, np.random.default_rng(seed))
-        columns = np.flatnonzero((cut == 153).all(axis=(0, 2)))
-        assert len(columns) >= 1 and (np.diff(columns) == 1).all()
-        assert (np.delete(cut, columns, axis=1) == 0).all()
-    assert (image == 0).all()
