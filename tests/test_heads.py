@@ -463,6 +463,7 @@ def test_pose_loss_is_the_weighted_mean_square_over_everything():
     joints[..., 2] = joints[..., 2].round()
     wanted, _ = pose.heatmap_targets(joints, (64, 48), (16, 12), 1.0)
     squares = (head(maps) - wanted).square().mean(dim=(2, 3)) * joints[..., 2]
-    assert head.loss(maps, joints)["mse"].item() == pytest.approx(squares.mean().item(), rel=ROUNDING)
+    loss = head.loss(maps, joints)["mse"]
+    assert loss.item() == pytest.approx(squares.mean().item(), rel=ROUNDING)
     unlabelled = joints * torch.tensor([1.0, 1.0, 0.0])
     assert head.loss(maps, unlabelled)["mse"].item() == 0
