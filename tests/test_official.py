@@ -14,9 +14,8 @@ from official_fixture import draw, load_fixture, official_file
 from oracles import relative_error
 from safetensors.torch import load_file
 
-import eval as evaluation
 import model as our
-import predict
+from tasks import seg
 from weights import official
 from ops.errors import InputError
 from model import MetaPromptModel
@@ -100,9 +99,9 @@ def test_sliding_window_equals_the_authors(tmp_path):
     """Probabilities after the authors' sliding window (128, stride 85) on a 160x224 image."""
     info, tensors, _ = full("seg")
     model = load_fixture(info, tmp_path).double()
-    protocol = predict.Protocol(None, info["slide"]["crop"][0], info["slide"]["stride"][0])
+    protocol = seg.Protocol(None, info["slide"]["crop"][0], info["slide"]["stride"][0])
     images = (tensors["slide_image"].double() + 1) / 2
-    probs = predict.predict_seg(model, images, images.shape[-2:], protocol, torch.float32)
+    probs = seg.predict(model, images, images.shape[-2:], protocol, torch.float32)
     error = relative_error(probs, tensors["slide_prob"])
     print(f"\nslide {error:.1e}")
     assert error < 1e-4
