@@ -177,6 +177,13 @@ def test_the_picture_draws_bars_to_scale(tmp_path):
     assert lengths[0] == pytest.approx(2 * lengths[1], abs=3) and lengths[0] > 300
 
 
+def test_ticks_are_round():
+    """Three to six ticks from 0, whatever the scale."""
+    assert draw.ticks(0.275) == [0, 0.05, 0.1, 0.15, 0.2, 0.25]
+    for high in (1e-9, 0.0012, 0.99, 1, 1.05, 5.9, 6, 84.7, 1000):
+        assert 3 <= len(draw.ticks(high)) <= 6 and draw.ticks(high)[-1] <= high
+
+
 def test_another_recipe_does_not_mix_with_finished_runs(tmp_path):
     """Other flags than those a run was made with are refused, naming field and both values; where
     it runs may change."""
