@@ -182,7 +182,7 @@ def run(monkeypatch, *flags):
 
 
 @pytest.mark.parametrize("task, flag, count, folder, wide", [
-    ("seg", "2", 2, ".", 244), ("pose", "4,1,0", 3, "sub", 240 * 448 // 576 + 4),
+    ("seg", "2", 2, ".", 244), ("pose", "4,1,0", 3, "sub", 187 + 4),
     ("depth", "3,", 1, "sub", 244)])
 def test_command(tmp_path, photos, monkeypatch, capsys, task, flag, count, folder, wide):
     """A sheet for each picture, and one of up to 8 pictures by prompts; the prompts are told."""
