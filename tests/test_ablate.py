@@ -216,9 +216,8 @@ def test_an_ablation_has_one_default_folder(tmp_path, monkeypatch):
     asked = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablate, "ablate", lambda base, seeds, names: asked.append(base.out))
-    monkeypatch.setattr("sys.argv", ["ablate", "--task", "depth"])
-    Path("runs/depth-shapes").mkdir(parents=True)
-    for _ in range(2):
+    Path("runs/ablation-depth-shapes").mkdir(parents=True)
+    for words in ([], [], ["--out", "there"], ["--out=there"]):
+        monkeypatch.setattr("sys.argv", ["ablate", "--task", "depth", *words])
         ablate.main()
-        Path("runs/ablation-depth-shapes").mkdir(exist_ok=True)
-    assert asked == ["runs/ablation-depth-shapes"] * 2
+    assert asked == ["runs/ablation-depth-shapes"] * 2 + ["there"] * 2
