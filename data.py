@@ -20,7 +20,7 @@ import signal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ops import parallel
 from ops.errors import InputError
@@ -107,13 +107,38 @@ def train_loader(dataset: Dataset, batch: int, seed: int, start: int, workers: i
                       pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
 
 
+class Counted(Dataset):
+    """A validation set in which a file that cannot be read becomes its message."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict | str:
+        """Sample of key = (epoch, index), or why there is none."""
+        try:
+            return self.dataset[key]
+        except InputError as error:
+            return str(error)
+
+
+def collate_readable(items: list) -> tuple[dict | None, list[str]]:
+    """(batch of the samples, None without any; messages of those that could not be read)."""
+    samples = [item for item in items if not isinstance(item, str)]
+    return (default_collate(samples) if samples else None,
+            [item for item in items if isinstance(item, str)])
+
+
 def eval_loader(dataset: Dataset, batch: int, workers: int) -> DataLoader:
-    """The whole set once, in order; batch > 1 needs images of one size.
+    """The whole set once, in order, as `collate_readable` gives it; batch > 1 needs images of one
+    size.
 
     Of several processes, the r-th of W has batches r, r + W, r + 2W, ...
     """
     keys = [(0, index) for index in range(len(dataset))]
     batches = [keys[i:i + batch] for i in range(0, len(keys), batch)]
     batches = batches[parallel.rank()::parallel.world()]
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                      pin_memory=torch.cuda.is_available())
+    return DataLoader(Counted(dataset), batch_sampler=batches, num_workers=workers,
+                      collate_fn=collate_readable, pin_memory=torch.cuda.is_available())

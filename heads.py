@@ -26,6 +26,11 @@ def resize(x: Tensor, size) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def widen(x: Tensor) -> Tensor:
+    """x in float32, in which losses are computed; float64, which tests use, stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # ------------------------------------------------------------------------------------------------
 # Segmentation
 
@@ -133,8 +138,8 @@ class SegHead(nn.Module):
 
         Logits are resized to the labels first.  The auxiliary loss carries its weight, 0.4.
         """
-        logits = resize(self.decode_head(maps).float(), target.shape[-2:])
-        auxiliary = resize(self.auxiliary_head(maps).float(), target.shape[-2:])
+        logits = resize(widen(self.decode_head(maps)), target.shape[-2:])
+        auxiliary = resize(widen(self.auxiliary_head(maps)), target.shape[-2:])
         return {"ce": cross_entropy(logits, target), "lovasz": lovasz_softmax(logits, target),
                 "aux": 0.4 * cross_entropy(auxiliary, target)}
 
@@ -156,7 +161,7 @@ def lovasz_softmax(logits: Tensor, target: Tensor) -> Tensor:
     share of the classes, see ops/parallel.py.
     DEVIATION: zero where no pixel is valid, the official code gives NaN.
     """
-    probs = logits.float().softmax(dim=1).movedim(1, 0).flatten(1)         # (C, P)
+    probs = widen(logits).softmax(dim=1).movedim(1, 0).flatten(1)         # (C, P)
     probs, labels, classes = by_class(probs, target.flatten())             # (C', P'), (P',), (C',)
     if has_data(probs):                                                    # else shapes stay fixed
         present = torch.isin(classes, labels.unique())
@@ -164,10 +169,10 @@ def lovasz_softmax(logits: Tensor, target: Tensor) -> Tensor:
     truth, valid = labels == classes[:, None], labels != IGNORE
     with torch.no_grad():                                                  # gradient: errors only
         present = truth.any(dim=1)
-        weights = torch.cat([jaccard_growth((t.float() - p).abs() * valid, t) * valid
+        weights = torch.cat([jaccard_growth((t.to(p.dtype) - p).abs() * valid, t) * valid
                              for p, t in zip(probs.split(CHUNK), truth.split(CHUNK))])
     loss = ((torch.where(truth, 1 - probs, probs) * weights).sum(dim=1) * present).sum()
-    loss, count = total(torch.stack([loss, present.sum().float()]))
+    loss, count = total(torch.stack([loss, present.sum().to(loss.dtype)]))
     return loss / count.clamp(min=1)
 
 
@@ -176,7 +181,7 @@ def jaccard_growth(errors: Tensor, truth: Tensor) -> Tensor:
     order of their errors; errors and truth (C, P) -> (C, P).
     """
     order = descending(errors)
-    truth = truth.gather(1, order).float()
+    truth = truth.gather(1, order).to(errors.dtype)
     area = truth.sum(dim=1, keepdim=True)                                  # (C, 1)
     intersection = area - truth.cumsum(dim=1)
     union = area + (1 - truth).cumsum(dim=1)
@@ -263,7 +268,7 @@ class DepthHead(nn.Module):
     def forward(self, maps: list[Tensor], size) -> Tensor:
         """[(B, N, h, w)] -> metres (B, 1, *size)."""
         coarse = resize(maps[0], (size[0] // 8, size[1] // 8))
-        logits = self.last_layer_depth(self.decoder(coarse)).float()      # (B, 1, 8(H//8), 8(W//8))
+        logits = widen(self.last_layer_depth(self.decoder(coarse)))      # (B, 1, 8(H//8), 8(W//8))
         depth = logits.sigmoid() * self.max_depth
         return depth if depth.shape[-2:] == tuple(size) else resize(depth, size)
 
@@ -280,9 +285,9 @@ def silog(depth: Tensor, target: Tensor) -> Tensor:
     at 0, and zero loss where no pixel is valid, the official code gives NaN.
     """
     valid = target > 0
-    ratio = torch.where(valid, target, 1.0).log() - depth.float().clamp(min=1e-6).log()
+    ratio = torch.where(valid, target, 1.0).log() - widen(depth).clamp(min=1e-6).log()
     d = torch.where(valid, ratio, 0.0)
-    first, second, count = total(torch.stack([d.sum(), d.square().sum(), valid.sum().float()]))
+    first, second, count = total(torch.stack([d.sum(), d.square().sum(), valid.sum().to(d.dtype)]))
     mean = first / count.clamp(min=1)
     variance = second / count.clamp(min=1) - 0.5 * mean.square()
     return variance.clamp(min=1e-12).sqrt() * (count > 0)
@@ -315,7 +320,7 @@ class PoseHead(nn.Module):
 
     def loss(self, maps: list[Tensor], target: Tensor) -> dict[str, Tensor]:
         """[(B, N, h, w)], joints (B, 17, 3): x, y in crop pixels, 1 if labelled -> the MSE loss."""
-        heatmaps = self(maps).float()
+        heatmaps = widen(self(maps))
         size = heatmaps.shape[-2:]
         crop = [int(side * self.stride) for side in size]
         wanted, weight = udp.heatmap_targets(target, crop, size, self.sigma)

@@ -241,7 +241,8 @@ class MetaPromptModel(nn.Module):
         """Write config.json and model.safetensors into `folder` (made if it does not exist)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n",
+                                            encoding="utf-8")
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -16,12 +16,16 @@ Writes RUN/{recipe.json, metrics.jsonl, last/, best/, pictures/}.
 """
 import json
 import math
-import resource
 import signal
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:                                      # Windows
+    resource = None
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -31,23 +35,24 @@ import eval as evaluation
 from model import Config, MetaPromptModel, read_config
 from ops import muon, parallel
 from ops.device import autocast, device_of, pick_device, pick_precision
-from ops.errors import InputError, read_json, run_command
+from ops.errors import InputError, run_command
+from sets.files import UNREADABLE_SHARE
 from tasks import TASKS
 from tasks.flags import read_prompts, resolve
 from tasks.recipes import Recipe, lr_factor, to_dict
 from weights import checkpoint
+from weights.checkpoint import State
+from weights.runs import Log, RunFolder
 
 
 def main() -> None:
     """Parse, train, say where the result is."""
     with parallel.group():
         recipe, resume = parallel.first(resolve(sys.argv[1:], __doc__))  # one name for the folder
-        if parallel.anyone(not resume and (Path(recipe.out) / "recipe.json").exists()):
-            raise InputError(f"--out {recipe.out} holds a run already: --resume {recipe.out}, or "
-                             "give another folder")
         start = time.perf_counter()
         try:
-            result = train(recipe, resume)
+            with RunFolder(Path(recipe.out), resume):
+                result = train(recipe, resume)
         except torch.OutOfMemoryError as error:
             raise InputError(f"out of GPU memory ({str(error).splitlines()[0]}): python -m "
                              f"tools.memory --task {recipe.task} --dataset {recipe.dataset} --fit "
@@ -75,40 +80,63 @@ def train(recipe: Recipe, resume: bool) -> dict:
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(run / "recipe.json", to_dict(recipe))
 
-    done = state["step"] * parallel.accumulation(recipe.batch, recipe.micro_batch)
+    done = state.step * parallel.accumulation(recipe.batch, recipe.micro_batch)
     batches = Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed, done,
                                       recipe.workers), len(train_set))
     with Stop() as stop:
-        loop(recipe, model, optimizer, state, batches, val_set, dtype, stop)
+        state = loop(recipe, model, optimizer, state, batches, val_set, dtype, stop)
     if batches.unreadable and parallel.rank() == 0:
-        (run / "unreadable.txt").write_text("".join(f"{m}\n" for m in batches.unreadable),
-                                            encoding="utf-8")
+        checkpoint.write_text(run / "unreadable.txt",
+                              "".join(f"{message}\n" for message in batches.unreadable))
         print(f"skipped    {len(batches.unreadable)} unreadable images, see {run}/unreadable.txt")
-    return {"best": state["best"], "metric": TASKS[recipe.task].METRIC[0], "run": str(run),
-            "steps": state["step"]}
+    return {"best": state.best, "metric": TASKS[recipe.task].METRIC[0], "run": str(run),
+            "steps": state.step}
 
 
 # ------------------------------------------------------------------------------------------------
 # The start
 
 def begin(recipe: Recipe, resume: bool, train_set, device: torch.device):
-    """(model, optimiser, state): new, or where the run left off.
-
-    state: {"step": steps done, "best": best value of the main metric or None}.
-    """
+    """(model, optimiser, State): new, or where the run left off."""
     if resume:
-        folder = checkpoint.find_last(Path(recipe.out))
-        state = read_json(folder / "state.json")
-        model = checkpoint.own_memory(MetaPromptModel.from_pretrained(folder)).train().to(device)
-        optimizer = build_optimizer(model, recipe)
-        checkpoint.load_optimizer(folder, model, optimizer)
-        print(f"resuming   {folder} at step {state['step']}")
+        model, optimizer, state = continued(recipe, class_names(train_set), device)
     else:
-        state = {"step": 0, "best": None}
+        state = checkpoint.State()
         model = build_model(recipe, class_names(train_set)).to(device)
         optimizer = build_optimizer(model, recipe)
     model.unet.gradient_checkpointing = recipe.gradient_checkpointing
     return model, optimizer, state
+
+
+def continued(recipe: Recipe, names: tuple[str, ...], device: torch.device):
+    """(model, optimiser, State) of the newest checkpoint that can be read; says if one can't.
+
+    InputError if it does not fit the recipe or the data set.
+    """
+    folders = checkpoint.find_last(Path(recipe.out))
+    for folder in folders:
+        try:
+            state = checkpoint.read_state(folder)
+            model = checkpoint.own_memory(MetaPromptModel.from_pretrained(folder)).train()
+            model, optimizer = model.to(device), build_optimizer(model, recipe)
+            checkpoint.load_optimizer(folder, model, optimizer, state.step)
+        except InputError as error:
+            if folder == folders[-1]:
+                raise
+            print(f"unreadable {error}; taking {folders[-1]}")
+            continue
+        differing = [name for name, value in vars(model.config).items()
+                     if value != getattr(recipe.model, name)]
+        if differing:
+            raise InputError(f"{folder}/config.json and {recipe.out}/recipe.json disagree about "
+                             f"{', '.join(differing)}")
+        if names != model.config.class_names:
+            raise InputError(f"{recipe.out} was trained on the classes {model.config.class_names}, "
+                             f"the data set now has {names}")
+        if state.step > recipe.iterations:
+            raise InputError(f"{folder}/state.json: step {state.step} of {recipe.iterations}")
+        print(f"resuming   {folder} at step {state.step}")
+        return model, optimizer, state
 
 
 def class_names(train_set) -> tuple[str, ...]:
@@ -190,91 +218,109 @@ def print_plan(recipe: Recipe, model: MetaPromptModel, device, dtype) -> None:
 # ------------------------------------------------------------------------------------------------
 # The loop
 
-def loop(recipe: Recipe, model: MetaPromptModel, optimizer, state: dict, batches, val_set,
-         dtype: torch.dtype, stop) -> None:
-    """The steps from state["step"] on, each in the order that it happens in."""
+def loop(recipe: Recipe, model: MetaPromptModel, optimizer, state: State, batches, val_set,
+         dtype: torch.dtype, stop) -> State:
+    """The steps from state.step on, each in the order that it happens in."""
     run, device = Path(recipe.out), device_of(model)
     loss_of = parallel.distribute(model)
     loss_of = torch.compile(loss_of) if recipe.compile else loss_of
-    log = Log(run / "metrics.jsonl", state["step"])
-    bar = tqdm(total=recipe.iterations, initial=state["step"], desc="train", unit="step",
+    log = Log(run / "metrics.jsonl", state.step)
+    if state.step and due(state.step, recipe.eval_every, recipe) and state.evaluated < state.step:
+        state = validate(recipe, model, val_set, dtype, state, log)  # it was killed before that
+    bar = tqdm(total=recipe.iterations, initial=state.step, desc="train", unit="step",
                disable=parallel.rank() > 0,
                leave=None)                               # not left behind below an ablation's bar
-    for step in range(state["step"], recipe.iterations):
+    for step in range(state.step, recipe.iterations):
         # One optimiser step at this step's learning rate.
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * group["lr_scale"] * lr_factor(step, recipe)
         losses = train_step(loss_of, optimizer, batches, recipe, step, device, dtype)
+        state = replace(state, step=step + 1)
         bar.update()
         bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
-        done, last = step + 1, step + 1 == recipe.iterations
-        if done % recipe.log_every == 0 or last:
-            log.write({"step": done, **losses, "lr": recipe.lr * lr_factor(step, recipe),
+        if due(state.step, recipe.log_every, recipe):
+            log.write({"step": state.step, **losses, "lr": recipe.lr * lr_factor(step, recipe),
                        **batches.rates(), "peak_gb": peak_gb(device)})
-        if done % recipe.eval_every == 0 or last:
-            metrics = validate(recipe, model, val_set, dtype, done, state)
-            log.write({"step": done, **{k: v for k, v in metrics.items() if isinstance(v, float)}})
-            bar.write(f"step {done}: {evaluation.summary(metrics)}  loss {losses['loss']:.3f}")
-            batches.restart()
-        # Save, after the evaluation: a resumed run does not repeat it.
+        # Save before validating: whatever goes wrong there, the steps are not lost.
         stopping = parallel.anyone(stop.asked)
-        if done % recipe.save_every == 0 or last or stopping:
-            state["step"] = done
+        validating = due(state.step, recipe.eval_every, recipe)
+        if due(state.step, recipe.save_every, recipe) or stopping or validating:
             if parallel.rank() == 0:
                 checkpoint.save_last(run, model, optimizer, state)
         if stopping:
             break
+        if validating:
+            state = validate(recipe, model, val_set, dtype, state, log)
+            batches.restart()
     bar.close()
+    return state
+
+
+def due(step: int, every: int, recipe: Recipe) -> bool:
+    """Whether something that happens every so many steps, and after the last one, happens now."""
+    return step % every == 0 or step == recipe.iterations
 
 
 def train_step(loss_of, optimizer, batches, recipe: Recipe, step: int, device, dtype) -> dict:
     """One optimiser step from `recipe.batch` images; returns its mean losses over all processes.
 
-    Raises FloatingPointError with the images' names if a loss is not finite; the weights are then
-    still those of the step before.
+    Raises FloatingPointError with the images' names if a loss or the gradient is not finite; the
+    weights are then still those of the step before.
     """
     # Dropout: a function of step and process alone.
     torch.manual_seed((recipe.seed + 1009 * parallel.rank()) * 1_000_003 + step)
-    accumulate, means = parallel.accumulation(recipe.batch, recipe.micro_batch), {}
+    accumulate, means, names = parallel.accumulation(recipe.batch, recipe.micro_batch), {}, []
     for i in range(accumulate):
         batch = next(batches)
+        names += batch["name"]
         images = batch["image"].to(device, non_blocking=True)
         target = batch["target"].to(device, non_blocking=True)
         with parallel.exchange_gradients(loss_of, now=i == accumulate - 1):
             with autocast(device, dtype):
                 losses = loss_of(images, target)
             values = parallel.mean({name: value.item() for name, value in losses.items()})
-            if not math.isfinite(sum(values.values())):
-                optimizer.zero_grad()
-                names = sum(parallel.gather(batch["name"]), [])
-                raise FloatingPointError(f"the loss is {sum(values.values())} at step {step}; the "
-                                         f"images: {', '.join(names)}")
+            require_finite(sum(values.values()), "loss", step, batch["name"], optimizer)
             (sum(losses.values()) / accumulate).backward()
         for name, value in values.items():
             means[name] = means.get(name, 0.0) + value / accumulate
-    if recipe.clip:
-        torch.nn.utils.clip_grad_norm_(
-            [p for group in optimizer.param_groups for p in group["params"]], recipe.clip)
+    norm = torch.nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]],
+        recipe.clip or math.inf)                         # infinity: the norm only
+    require_finite(norm.item(), "gradient's norm", step, names, optimizer)
     optimizer.step()
     optimizer.zero_grad()
     return {"loss": sum(means.values()), **means}
 
 
-def validate(recipe: Recipe, model: MetaPromptModel, val_set, dtype: torch.dtype, done: int,
-             state: dict) -> dict:
-    """Metrics on the validation set; draws pictures, keeps the best model, updates state."""
+def require_finite(value: float, what: str, step: int, names: list[str], optimizer) -> None:
+    """FloatingPointError that names the images of all processes, unless `value` is finite."""
+    if not math.isfinite(value):
+        optimizer.zero_grad()
+        raise FloatingPointError(f"the {what} is {value} at step {step}; the images: "
+                                 f"{', '.join(sum(parallel.gather(names), []))}")
+
+
+def validate(recipe: Recipe, model: MetaPromptModel, val_set, dtype: torch.dtype, state: State,
+             log: Log) -> State:
+    """Metrics on the validation set, logged; pictures; keeps the best model."""
     run, task = Path(recipe.out), TASKS[recipe.task]
-    sheet = run / "pictures" / f"step_{done:06d}.png" if parallel.rank() == 0 else None
+    sheet = run / "pictures" / f"step_{state.step:06d}.png" if parallel.rank() == 0 else None
     model.eval()
     metrics = task.evaluate(model, val_set, recipe.protocol, dtype, workers=recipe.workers,
                             sheet=sheet)
     model.train()
+    log.write({"step": state.step, **{k: v for k, v in metrics.items() if isinstance(v, float)}})
+    tqdm.write(f"step {state.step}: {evaluation.summary(metrics)}")
     name, sign = task.METRIC
-    if state["best"] is None or sign * (metrics[name] - state["best"]) > 0:
-        state["best"] = metrics[name]
+    if state.best is None or sign * (metrics[name] - state.best) > 0:
+        state = replace(state, best=metrics[name] if math.isfinite(metrics[name]) else None)
         if parallel.rank() == 0:
-            checkpoint.save_best(run, model, checkpoint.model_card(to_dict(recipe), metrics, done))
-    return metrics
+            card = checkpoint.model_card(to_dict(recipe), metrics, state.step)
+            checkpoint.save_best(run, model, card)
+    state = replace(state, evaluated=state.step)
+    if parallel.rank() == 0:
+        checkpoint.write_json(run / "last" / "state.json", vars(state))
+    return state
 
 
 class Timed:
@@ -304,7 +350,7 @@ class Timed:
         if message not in self.unreadable:
             self.unreadable[message] = True              # a set that keeps its order
             tqdm.write(f"skipped    {message}")
-        if len(self.unreadable) > 0.01 * self.length:
+        if len(self.unreadable) > UNREADABLE_SHARE * self.length:
             raise InputError(f"{len(self.unreadable)} of {self.length} training images cannot be "
                              f"read, more than 1 %; the last: {message}")
 
@@ -317,31 +363,13 @@ class Timed:
 
 
 def peak_gb(device: torch.device) -> float:
-    """Peak memory so far in GB: the GPU's, or this process's."""
+    """Peak memory so far in GB: the GPU's, or this process's; 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-class Log:
-    """metrics.jsonl: one line per record; on resuming, records after the checkpoint are dropped.
-
-    The first of several processes writes it.
-    """
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        if parallel.rank() > 0:
-            return
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
-
-    def write(self, record: dict) -> None:
-        """Append a record."""
-        if parallel.rank() == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+    if resource is None:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class Stop:

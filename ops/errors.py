@@ -4,26 +4,48 @@ import sys
 from pathlib import Path
 
 
+def printable(text: str) -> str:
+    """One line that can be printed and written as UTF-8 anywhere: control characters, line breaks
+    and bytes of a file name that are no UTF-8 are escaped.
+    """
+    text = " ".join(str(text).splitlines())
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
 class InputError(ValueError):
     """Something given to the program is wrong: a file, a value, a combination of flags.
 
     The message is one line that names the file or flag, the value found and what would be right.
     """
 
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
 
 def run_command(command) -> None:
-    """Run `command()`; an InputError becomes one line on stderr and exit code 2.
+    """Run `command()`; what a user can cause becomes one line on stderr and an exit code.
 
-    A loss that is not finite (FloatingPointError) becomes one line and exit code 1.
+    2: InputError.  1: a value that is not finite, or the disk (full, not writable).  130: Ctrl-C.
     """
     try:
+        sys.stdout.reconfigure(errors="backslashreplace")  # consoles that know fewer letters
         command()
-    except (InputError, FloatingPointError) as error:
-        # A data-loader worker wraps the message in its traceback: the last line is ours.
-        message = str(error).strip().splitlines()[-1]
-        message = message.removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, InputError) else 1) from None
+    except InputError as error:
+        fail(error, 2)
+    except (FloatingPointError, OSError) as error:
+        fail(error, 1)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+
+
+def fail(error, code: int) -> None:
+    """End the program with one line."""
+    # A data-loader worker wraps the message in its traceback: the last line is ours.
+    message = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    message = message.removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
+    print(f"error: {printable(message)}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 def read_json(path: str | Path):

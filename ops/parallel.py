@@ -133,11 +133,14 @@ def in_order(values: list) -> list:
 
 
 # ------------------------------------------------------------------------------------------------
-# Tensors, with gradients.  torch.compile leaves the graph where processes talk.
+# Tensors, with gradients.  torch.compile leaves the graph at a collective.
+#
+# AllReduceSum and AllToAll are torch.distributed.nn.functional's all_reduce and all_to_all_single.
+# Those warn since torch 2.13 that they are deprecated, and what they name instead is private.
 
 def total(x: Tensor) -> Tensor:
     """Sum of x over the processes."""
-    return x if world() == 1 else talk(Total, x)
+    return x if world() == 1 else apply_eagerly(AllReduceSum, x)
 
 
 def by_class(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +154,7 @@ def by_class(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return probs, labels, classes
     padding = -len(probs) % world()
     share = (len(probs) + padding) // world()
-    received = talk(Swap, F.pad(probs, (0, 0, 0, padding)))              # (W * C', P)
+    received = apply_eagerly(AllToAll, F.pad(probs, (0, 0, 0, padding)))              # (W * C', P)
     rows = received.unflatten(0, (world(), share)).transpose(0, 1).flatten(1)
     classes = F.pad(classes, (0, padding), value=-1)[share * rank():][:share]
     return rows, everyones(labels).flatten(), classes
@@ -167,7 +170,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         """(B, C, H, W) -> the same; B, H, W are equal in all processes."""
         if world() == 1 or not self.training:
             return super().forward(x)
-        y, mean, variance = talk(Normalise, x, self.weight, self.bias, self.eps)
+        y, mean, variance = apply_eagerly(Normalise, x, self.weight, self.bias, self.eps)
         count = world() * x.numel() / x.shape[1]
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean, self.momentum)
@@ -175,7 +178,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         return y
 
 
-class Total(Function):
+class AllReduceSum(Function):
     """Sum over processes; its gradient is the sum of everyone's."""
 
     @staticmethod
@@ -186,10 +189,10 @@ class Total(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return Total.forward(ctx, grad)
+        return AllReduceSum.forward(ctx, grad)
 
 
-class Swap(Function):
+class AllToAll(Function):
     """(W * n, P) -> the same: the r-th n rows go to process r; its gradient goes back that way."""
 
     @staticmethod
@@ -200,18 +203,18 @@ class Swap(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return Swap.forward(ctx, grad)
+        return AllToAll.forward(ctx, grad)
 
 
 class Normalise(Function):
     """x (B, C, H, W), weight and bias (C,) -> BatchNorm over all processes, its mean and variance.
 
-    In float32, whatever x is.  Gradients of weight and bias are this process's part.
+    In weight's precision, whatever x has.  Gradients of weight and bias are this process's part.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
-        own = torch.stack(torch.var_mean(x.float(), (0, 2, 3), correction=0))    # (2, C)
+        own = torch.stack(torch.var_mean(x.to(weight.dtype), (0, 2, 3), correction=0))
         variances, means = everyones(own).unbind(1)                              # (W, C)
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)           # no cancellation
@@ -223,10 +226,10 @@ class Normalise(Function):
     def backward(ctx, grad: Tensor, *_):
         x, weight, mean, scale = ctx.saved_tensors
         mean, scale, gain = (v[:, None, None] for v in (mean, scale, weight * scale))
-        grad, normal = grad.float(), (x.float() - mean) * scale
+        grad, normal = grad.to(weight.dtype), (x.to(weight.dtype) - mean) * scale
         own = torch.stack([(grad * normal).sum((0, 2, 3)), grad.sum((0, 2, 3))])
         count = world() * x.numel() / x.shape[1]
-        along, constant = Total.forward(ctx, own)[..., None, None] / count
+        along, constant = AllReduceSum.forward(ctx, own)[..., None, None] / count
         return ((grad - constant - normal * along) * gain).to(x.dtype), *own, None
 
 
@@ -238,6 +241,6 @@ def everyones(x: Tensor) -> Tensor:
 
 
 @torch.compiler.disable
-def talk(function: type[Function], *values):
+def apply_eagerly(function: type[Function], *values):
     """Apply `function`, outside of any compiled graph."""
     return function.apply(*values)

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from ops import augment, pixels
 from ops.errors import InputError
-from sets.files import (IGNORE, Classes, Cut, checked_indices, class_table, find_root, inverse,
-                        list_pairs, load_image, load_label, plain_classes, same_size, to_sample)
+from sets.files import (IGNORE, Classes, Cut, check_some, class_table, find_root, inverse,
+                        list_pairs, load_label, load_pair, plain_classes, to_sample)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def read_names(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise InputError(f"{path} is missing: one class name per line, in label order from 0")
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")  # no other line ends
     except UnicodeDecodeError:
         raise InputError(f"{path} is no UTF-8 text") from None
     names = tuple(line.strip() for line in lines)
@@ -90,11 +90,14 @@ class SegFiles(Dataset):
         """Path of the image, for messages."""
         return str(self.pairs[index][0])
 
+    def names(self) -> list[str]:
+        """Of all images."""
+        return [str(image) for image, _ in self.pairs]
+
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(image uint8 RGB, labels uint8); InputError if the two files don't fit each other."""
         image_path, label_path = self.pairs[index]
-        image, raw = load_image(image_path), load_label(label_path)
-        same_size(image, raw, label_path)
+        image, raw = load_pair(image_path, label_path, load_label)
         wrong = sorted(set(np.unique(raw).tolist()) - self.classes.raw_values)
         if wrong:
             legal = sorted(self.classes.raw_values - {IGNORE})
@@ -129,11 +132,16 @@ class SegFiles(Dataset):
         return augment.pad_to(image, crop, 0.5), augment.pad_to(label, crop, IGNORE)
 
     def check(self) -> str:
-        """Open some pairs, evenly spread; InputError on the first bad one.  Returns a summary."""
-        counts, chosen = np.zeros(256, np.int64), checked_indices(len(self))
-        for index in chosen:
-            counts += np.bincount(self.load(index)[1].ravel(), minlength=256)
-        seen = (counts[:len(self.classes.names)] > 0).sum()
-        share = 100 * counts[IGNORE] / max(1, counts.sum())
-        return (f"{len(self)} images; {len(chosen)} checked: {seen} of {len(self.classes.names)} "
-                f"classes seen, {share:.1f} % of the pixels ignored")
+        """Open some pairs; InputError if they can't be used.  Returns a summary."""
+        names = self.classes.names
+        loaded = check_some(lambda i: np.bincount(self.load(i)[1].ravel(), minlength=256),
+                            len(self))
+        counts = sum(loaded)
+        seen = (counts[:len(names)] > 0).sum()
+        if seen == 0:
+            raise InputError(f"all pixels of the {len(loaded)} labels checked, such as "
+                             f"{self.pairs[0][1]}, are ignored ({IGNORE}): there is nothing to "
+                             "learn or to measure")
+        share = 100 * counts[IGNORE] / counts.sum()
+        return (f"{len(self)} images; {len(loaded)} checked: {seen} of {len(names)} classes seen, "
+                f"{share:.1f} % of the pixels ignored")

@@ -8,7 +8,6 @@ x and y in pixels of the crop and 1 if labelled else 0; "name". In evaluation al
 "scale" (2,) float64, the box that was cropped, in pixels of the image; "score" of the box;
 "image_id"; "id", the sample's number.
 """
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from torch.utils.data import Dataset
 
 from ops import augment, udp
 from ops.errors import InputError, read_json
-from sets.files import Cut, checked_indices, find_root, load_image, to_sample
+from sets.files import Cut, check_some, find_root, load_image, to_sample
 
 PERSON = 1                       # COCO's category; others are left out
 GROUND_TRUTH = "ground-truth boxes"
+LIMIT = 1e9                      # pixels and scores beyond it are no measurements; NaN is not below
 CATEGORY = {"id": PERSON, "name": "person", "keypoints": list(udp.KEYPOINTS),
             "skeleton": [[a + 1, b + 1] for a, b in udp.SKELETON]}
 
@@ -118,11 +118,8 @@ def numbers(entry: dict, field: str, count: int, name: str) -> list:
     """
     found = entry.get(field)
     values = found if count else [found]
-    try:
-        good = len(values) == (count or 1) and math.isfinite(sum(values))
-    except (TypeError, OverflowError):  # not a list; not numbers; an integer beyond floats
-        good = False
-    if not good:
+    if not (isinstance(values, list) and len(values) == (count or 1)
+            and all(type(v) in (int, float) and abs(v) < LIMIT for v in values)):
         kind = f"a list of {count} finite numbers" if count else "a finite number"
         size = f" ({len(found)} values)" if isinstance(found, list) else ""
         raise InputError(f"{name}: {field} is {found!r:.40}{size}, but should be {kind}")
@@ -135,13 +132,15 @@ def read_images(path: Path, entries: list) -> list[dict]:
     for position, entry in enumerate(entries):
         kinds = {"id": int, "width": int, "height": int, "file_name": str}
         wrong = [key for key, kind in kinds.items()
-                 if not isinstance(entry, dict) or not isinstance(entry.get(key), kind)]
+                 if not isinstance(entry, dict) or type(entry.get(key)) is not kind]
         if wrong:
             raise InputError(f"{path}, image number {position}: {wrong[0]} must be there, "
                              f"{'a text' if wrong[0] == 'file_name' else 'an integer'}")
         if min(entry["width"], entry["height"]) < 2:
             raise InputError(f"{path}, image {entry['id']} is {entry['width']}x{entry['height']}: "
                              "both sides must be 2 pixels or more")
+        if abs(entry["id"]) >= 1 << 63:
+            raise InputError(f"{path}, image number {position}: its id does not fit 64 bits")
         if entry["id"] in seen:
             raise InputError(f"{path}, image {entry['id']} is there twice: ids must differ")
         seen.add(entry["id"])
@@ -155,16 +154,19 @@ def read_person(path: Path, position: int, entry, images: set) -> dict | None:
     A missing box or missing keypoints become zeros: such a person is no sample and scores nothing.
     """
     where = f"{path}, annotation number {position}"
-    if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
+    if not isinstance(entry, dict) or type(entry.get("id")) is not int:
         raise InputError(f"{where}: an annotation is an object with an integer id")
     where = f"{path}, annotation {entry['id']}"
     image = entry.get("image_id")
-    if not isinstance(image, int) or image not in images:
+    if type(image) is not int or image not in images:
         raise InputError(f"{where}: image_id {image} is not among the file's images")
     if entry.get("category_id") != PERSON:
         return None
     entry = {"bbox": [0] * 4, "keypoints": [0] * 51, "iscrowd": 0, **entry}
     joints = numbers(entry, "keypoints", 51, where)
+    if entry.get("num_keypoints") and not any(v > 0 for v in joints[2::3]):
+        raise InputError(f"{where}: num_keypoints is {entry['num_keypoints']!r:.20}, but no joint "
+                         "is labelled (v, every third number of keypoints, is 0)")
     if "num_keypoints" not in entry:
         entry["num_keypoints"] = sum(max(xy) != 0 for xy in zip(joints[0::3], joints[1::3]))
     return {"id": entry["id"], "image_id": image, "category_id": PERSON, "keypoints": joints,
@@ -246,7 +248,7 @@ def read_box(entry: dict, where: str) -> dict | None:
     """One of `read_boxes`, None for another category than person; InputError begins with `where`.
     """
     name, number = entry.get("file_name"), entry.get("image_id")
-    if not isinstance(name, str) and type(number) is not int:
+    if not isinstance(name, str) and (type(number) is not int or abs(number) >= 1 << 63):
         raise InputError(f"{where}: file_name (a text) or image_id (an integer) must be there")
     if entry.get("category_id", PERSON) != PERSON:
         return None
@@ -343,14 +345,12 @@ class CocoPose(Dataset):
         return sample
 
     def check(self) -> str:
-        """Open some images, evenly spread; InputError on the first bad one.  Returns a summary."""
+        """Open some images; InputError if they can't be used.  Returns a summary."""
         on_image = np.unique(self.people.image, return_index=True)[1]    # a person of each image
-        chosen = on_image[checked_indices(len(on_image))]
-        for index in chosen:
-            self.load(index)
+        opened = len(check_some(lambda i: self.load(on_image[i]).shape, len(on_image)))
         heights = self.people.boxes[:, 3] - self.people.boxes[:, 1]
         labelled = self.people.keypoints[:, :, 2].sum() / len(self)
         joints = f", {labelled:.1f} joints labelled" if labelled else ""
         return (f"{len(self)} people on {len(on_image)} images, {self.boxes}: "
                 f"{heights.min():.0f} to {heights.max():.0f} pixels high{joints}; "
-                f"{len(chosen)} images opened")
+                f"{opened} images opened")

@@ -1,4 +1,4 @@
-"""The embedded data set: rendered scenes (shapes.py) as samples of each task; no files, no download.
+"""The embedded data set: rendered scenes (shapes.py) as samples of each task; no files.
 
 Training: new scenes in every epoch.  Validation: the same scenes in every run, out of training's
 reach.
@@ -83,6 +83,11 @@ class Shapes(Dataset):
     def __len__(self) -> int:
         return self.length
 
+    def names(self) -> list[str]:
+        """Of all scenes of the first epoch."""
+        return [f"scene {scene_seed((0, index), self.length, self.cut)}"
+                for index in range(self.length)]
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Sample of key = (epoch, index)."""
         seed = scene_seed(key, self.length, self.cut)
@@ -152,8 +157,8 @@ class ShapesPose(Dataset):
 
     def find_people(self, key: tuple[int, int]) -> tuple[np.ndarray, People]:
         """Image and well visible people of the first scene of `key` that has any."""
-        for attempt in range(SCENE_TRIES):               # further attempts lie between epochs' seeds
-            seed = (scene_seed(key, self.length, self.cut) + attempt * (VAL_SEED // SCENE_TRIES))
+        for attempt in range(SCENE_TRIES):               # whose seeds lie between those of epochs
+            seed = scene_seed(key, self.length, self.cut) + attempt * (VAL_SEED // SCENE_TRIES)
             scene = shapes.render(seed, SCENE_SIDE, SCENE_SIDE)
             coco = scenes_as_coco([scene], [f"scene {seed}"])
             coco["annotations"] = [person for person in coco["annotations"]

@@ -6,6 +6,7 @@ which is a flag, with two methods:
     classes(names)  -> segmentation: names, colours and label values; `names` are the model's own
 """
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from ops.errors import InputError
 
 IGNORE = 255  # label of pixels that count neither in losses nor in metrics
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-UNREADABLE = (Image.DecompressionBombError, EOFError, OSError, SyntaxError, ValueError)  # Pillow's
+UNREADABLE_SHARE = 0.01  # of a set's images that may be skipped
+ORIENTATION = 0x0112  # EXIF's tag
 CHECKED_FILES = 50  # pairs opened when a data set is opened, evenly spread
 
 
@@ -56,7 +58,8 @@ def list_pairs(images: Path, labels: Path, image_end: str = "",
             raise InputError(f"the folder {folder} does not exist: see the layouts in "
                              "docs/DATASETS.md")
     found = sorted(p for p in images.rglob("*")
-                   if p.suffix.lower() in IMAGE_SUFFIXES and p.stem.endswith(image_end))
+                   if p.suffix.lower() in IMAGE_SUFFIXES and p.stem.endswith(image_end)
+                   and not p.name.startswith("._"))      # macOS' shadows
     if not found:
         raise InputError(f"{images} holds no image "
                          f"({', '.join(image_end + suffix for suffix in IMAGE_SUFFIXES)})")
@@ -69,9 +72,30 @@ def list_pairs(images: Path, labels: Path, image_end: str = "",
     return pairs
 
 
-def checked_indices(length: int) -> range:
-    """Indices of about CHECKED_FILES items of a set, evenly spread."""
-    return range(0, length, max(1, length // CHECKED_FILES))
+def check_some(load, length: int) -> list:
+    """load(i) of about CHECKED_FILES of `length` items, evenly spread; InputError of the last bad
+    one if more are bad than training skips, or all.
+    """
+    loaded, errors = [], []
+    for index in range(0, length, max(1, length // CHECKED_FILES)):
+        try:
+            loaded.append(load(index))
+        except InputError as error:
+            errors.append(error)
+    if len(errors) > UNREADABLE_SHARE * length or not loaded:
+        raise errors[-1]
+    return loaded
+
+
+def relative_names(names: list[str]) -> dict[str, Path]:
+    """Name of an image -> where its exported answer goes, without suffix: flat, as the benchmarks'
+    servers want it, or below the images' common folder where two would share a name.
+    """
+    stems = {name: Path(Path(name).stem) for name in names}
+    if len(set(stems.values())) == len(names):
+        return stems
+    root = os.path.commonpath([os.path.dirname(name) for name in names])
+    return {name: Path(os.path.relpath(name, root)).with_suffix("") for name in names}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -84,8 +108,9 @@ def decode(path: Path, convert) -> np.ndarray:
             return convert(image)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except UNREADABLE as error:
-        raise InputError(f"{path} cannot be decoded ({error}): replace or remove it") from None
+    except Exception as error:                           # Pillow's plugins raise whatever happens
+        raise InputError(f"{path} cannot be decoded ({type(error).__name__}: {error}): replace or "
+                         "remove it") from None
 
 
 def load_image(path: Path) -> np.ndarray:
@@ -95,6 +120,23 @@ def load_image(path: Path) -> np.ndarray:
     white stays white.
     """
     return decode(path, lambda image: to_rgb(ImageOps.exif_transpose(image)))
+
+
+def load_pair(path: Path, other_path: Path, load_other) -> tuple[np.ndarray, np.ndarray]:
+    """An image and its label or depth map, of one size; InputError if they don't fit.
+
+    An image that its EXIF orientation turns is refused where sizes can't tell whether the other
+    file is turned, too.
+    """
+    turned = decode(path, lambda image: image.getexif().get(ORIENTATION, 1))
+    image, other = load_image(path), load_other(other_path)
+    if turned != 1 and (turned < 5 or image.shape[0] == image.shape[1]):
+        raise InputError(f"{path} is to be turned by its EXIF orientation {turned}, {other_path} "
+                         "can't say so: save the image upright")
+    if image.shape[:2] != other.shape:
+        raise InputError(f"{other_path} is {other.shape[1]}x{other.shape[0]}, its image "
+                         f"{image.shape[1]}x{image.shape[0]}")
+    return image, other
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -126,17 +168,12 @@ def load_label(path: Path) -> np.ndarray:
 def load_depth(path: Path) -> np.ndarray:
     """A 16-bit depth PNG as (H, W) float32 of the values it holds; InputError naming a bad file."""
     depth = decode(path, np.array)
-    if depth.ndim != 2 or depth.dtype == np.uint8:
+    if depth.ndim != 2 or depth.dtype not in (np.uint16, np.int32):
         raise InputError(f"{path} is {depth.dtype} of shape {depth.shape}: a depth map is a "
                          "single-channel 16-bit PNG")
+    if depth.min() < 0:
+        raise InputError(f"{path} holds the value {depth.min()}: depth is 0 (unknown) or more")
     return depth.astype(np.float32)
-
-
-def same_size(image: np.ndarray, other: np.ndarray, path: Path) -> None:
-    """InputError if the label or depth map of `path` is not as large as its image."""
-    if image.shape[:2] != other.shape:
-        raise InputError(f"{path} is {other.shape[1]}x{other.shape[0]}, its image "
-                         f"{image.shape[1]}x{image.shape[0]}")
 
 
 def to_sample(image: np.ndarray, target: np.ndarray, name: str) -> dict:

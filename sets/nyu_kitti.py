@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from ops import augment
 from ops.errors import InputError
-from sets.files import (Cut, checked_indices, find_root, list_pairs, load_depth, load_image,
-                        same_size, to_sample)
+from sets.files import (Cut, check_some, find_root, list_pairs, load_depth, load_pair,
+                        to_sample)
 
 KITTI_SIZE = (352, 1216)  # of the benchmark's crop
 Pairs = list[tuple[Path, Path]]  # (rgb, depth) files
@@ -95,7 +95,7 @@ def read_list(path: str | None, root: Path, flag: str) -> Pairs:
         raise InputError(f"{flag} is missing: a text file of '<rgb> <depth>' lines, relative to "
                          f"{root}")
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{flag} {path} cannot be read ({error})") from None
     pairs = []
@@ -141,11 +141,14 @@ class DepthFiles(Dataset):
         """Path of the image, for messages and for exported files."""
         return str(self.pairs[index][0])
 
+    def names(self) -> list[str]:
+        """Of all images."""
+        return [str(image) for image, _ in self.pairs]
+
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(image uint8 RGB, raw depth float32 in the file's units), cropped on KITTI."""
         image_path, depth_path = self.pairs[index]
-        image, depth = load_image(image_path), load_depth(depth_path)
-        same_size(image, depth, depth_path)
+        image, depth = load_pair(image_path, depth_path, load_depth)
         smallest = KITTI_SIZE if self.kitti else (self.cut.crop if self.cut.training else (1, 1))
         if image.shape[0] < smallest[0] or image.shape[1] < smallest[1]:
             raise InputError(f"{image_path} is {image.shape[1]}x{image.shape[0]}: at least "
@@ -162,16 +165,12 @@ class DepthFiles(Dataset):
         return to_sample(image, depth / self.units, self.name(index))
 
     def check(self) -> str:
-        """Open some pairs, evenly spread; InputError on the first bad one.  Returns a summary."""
-        valid, nearest, farthest, chosen = 0.0, np.inf, 0.0, checked_indices(len(self))
-        for index in chosen:
-            depth = self.load(index)[1] / self.units
-            known = depth[depth > 0]
-            valid += known.size / depth.size
-            if known.size:
-                nearest, farthest = min(nearest, known.min()), max(farthest, known.max())
-        if farthest == 0:
-            raise InputError(f"no depth in the {len(chosen)} maps checked, such as "
+        """Open some pairs; InputError if they can't be used.  Returns a summary."""
+        loaded = check_some(lambda i: self.load(i)[1] / self.units, len(self))
+        known = np.concatenate([depth[depth > 0] for depth in loaded])
+        if not len(known):
+            raise InputError(f"no depth in the {len(loaded)} maps checked, such as "
                              f"{self.pairs[0][1]}: 0 means unknown")
-        return (f"{len(self)} images; {len(chosen)} checked: depth {nearest:.2f} to "
-                f"{farthest:.2f} m, known at {100 * valid / len(chosen):.0f} % of the pixels")
+        share = 100 * len(known) / sum(depth.size for depth in loaded)
+        return (f"{len(self)} images; {len(loaded)} checked: depth {known.min():.2f} to "
+                f"{known.max():.2f} m, known at {share:.0f} % of the pixels")

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sets.raycast import (BARS, BLOTCHES, CHECKER, GRADIENT, GROUND, NEAR, RINGS, SKY, SOLID, Camera,
-                     Material, Part, along, cast, cos_sin, expose, minus, shade, to_camera, uniform)
+from sets.raycast import (BARS, BLOTCHES, CHECKER, GRADIENT, GROUND, NEAR, RINGS, SKY, SOLID,
+                          Camera, Material, Part, along, cast, cos_sin, expose, minus, shade,
+                          to_camera, uniform)
 
 CLASSES = ("sky", "ground", "box", "ball", "cylinder", "cone", "person")
 PERSON = 6

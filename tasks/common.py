@@ -6,6 +6,8 @@ from huggingface_hub.utils import tqdm
 from data import eval_loader
 from ops import parallel
 from ops.draw import fit
+from ops.errors import InputError
+from sets.files import UNREADABLE_SHARE
 
 PICTURES = 8  # images of the set drawn in a report, evenly spread
 SMALLEST = 64  # sides below are enlarged: the UNet's coarsest stride
@@ -14,17 +16,28 @@ SMALLEST = 64  # sides below are enlarged: the UNet's coarsest stride
 def batches(dataset, batch: int, workers: int, device: torch.device):
     """This process's share of the set in order, with a progress bar: (samples, images, target,
     positions of those to draw).
+
+    Files that cannot be read are skipped and reported; InputError if they are more than 1 %.
     """
-    chosen = {len(dataset) * i // PICTURES for i in range(PICTURES)}
+    chosen, skipped = {len(dataset) * i // PICTURES for i in range(PICTURES)}, []
     loader = eval_loader(dataset, batch, workers)
     with tqdm(total=sum(map(len, loader.batch_sampler)), desc="evaluate", unit="image",
               leave=False, disable=parallel.rank() > 0) as bar:
-        for number, samples in enumerate(loader):
-            first = batch * (number * parallel.world() + parallel.rank())
-            images = samples["image"].to(device, non_blocking=True)
-            drawn = [i for i in range(len(images)) if first + i in chosen]
-            yield samples, images, samples["target"].to(device), drawn
-            bar.update(len(images))
+        for number, (samples, messages) in enumerate(loader):
+            for message in messages:
+                skipped.append(message)
+                tqdm.write(f"skipped    {message}")
+            if len(skipped) > UNREADABLE_SHARE * len(dataset):
+                raise InputError(f"{len(skipped)} of {len(dataset)} images to validate on cannot "
+                                 f"be read, more than 1 %; the last: {skipped[-1]}")
+            if samples is not None:
+                first = batch * (number * parallel.world() + parallel.rank())
+                images = samples["image"].to(device, non_blocking=True)
+                drawn = [i for i in range(len(images)) if first + i in chosen]
+                yield samples, images, samples["target"].to(device), drawn
+            bar.update(batch)
+    if skipped:
+        tqdm.write(f"skipped    {len(skipped)} unreadable images: the metrics are of the others")
 
 
 def merged(parts: list[list]) -> list:

@@ -16,6 +16,7 @@ from model import MetaPromptModel
 from ops import draw
 from ops.device import autocast, device_of, to_batch
 from ops.errors import InputError
+from sets.files import relative_names
 from sets.nyu_kitti import recording
 from tasks.common import batches, bounded, merged
 
@@ -129,7 +130,7 @@ def evaluate(model: MetaPromptModel, dataset, protocol: Protocol, dtype: torch.d
     the benchmark's unit.
     """
     device = device_of(model)
-    results, rows = [], []
+    results, rows, places = [], [], depth_names(dataset.names()) if export is not None else {}
     for batch, images, target, drawn in batches(dataset, protocol.at_once, workers, device):
         depth = predict(model, images, protocol, dtype)
         depth = depth.nan_to_num(nan=protocol.min_depth_eval, posinf=protocol.max_depth_eval)
@@ -139,7 +140,7 @@ def evaluate(model: MetaPromptModel, dataset, protocol: Protocol, dtype: torch.d
             if valid.any():
                 results[-1].append(depth_metrics(depth[i][valid], target[i][valid]))
             if export is not None:
-                export_depth(export, name, depth[i].cpu().numpy(), protocol.units)
+                export_depth(export / places[name], depth[i].cpu().numpy(), protocol.units)
         rows.append([(images[i].cpu(), target[i].cpu(), depth[i].cpu()) for i in drawn])
     results, rows = merged(results), merged(rows)
     if sheet is not None:
@@ -155,13 +156,23 @@ def report(metrics: dict, dataset) -> None:
     print("  ".join(f"{name} {metrics[name]:.4f}" for name in METRICS))
 
 
-def export_depth(folder: Path, name: str, depth: np.ndarray, units: float) -> None:
-    """Write metres as a 16-bit PNG, named SCENE_FILE.png as the official code does."""
-    path = Path(name)
-    scene = recording(path) if path.parent.name else "image"
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.clip(depth * units, 0, 65535).astype(np.uint16)).save(
-        folder / f"{scene}_{path.stem}.png".replace(" ", "_"))
+def depth_names(names: list[str]) -> dict[str, Path]:
+    """Name of an image -> its exported file: SCENE_FILE.png as the official code has it, or below
+    the images' common folder where two would share that name.
+    """
+    flat = {}
+    for name in names:
+        scene = recording(Path(name)) or "image"
+        flat[name] = Path(f"{scene}_{Path(name).stem}.png".replace(" ", "_"))
+    if len(set(flat.values())) == len(names):
+        return flat
+    return {name: Path(f"{place}.png") for name, place in relative_names(names).items()}
+
+
+def export_depth(path: Path, depth: np.ndarray, units: float) -> None:
+    """Write metres as a 16-bit PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.clip(depth * units, 0, 65535).astype(np.uint16)).save(path)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -189,11 +189,11 @@ def finish(recipe: Recipe, given: dict) -> Recipe:
 def check_idle(recipe: Recipe, given: dict) -> None:
     """InputError for a given flag that another setting makes idle."""
     pretrained = not random_backbone(recipe)
+    widths = [name for name in given if name.startswith(("unet_c", "unet_g", "unet_la", "vae_"))]
     idle = [(("min_lr",), recipe.schedule != "two-phase", f"--schedule {recipe.schedule}"),
             (("warmup", "warmup_ratio"), recipe.schedule == "two-phase", "--schedule two-phase"),
             (("stride",), getattr(recipe.protocol, "window", 1) is None, "no --window"),
-            ([name for name in given if name.startswith(("unet_c", "unet_la", "vae_"))],
-             pretrained, "pretrained weights, whose files say the widths")]
+            (widths, pretrained, "pretrained weights, whose files say the widths")]
     for names, applies, why in idle:
         for name in names:
             if applies and name in given:

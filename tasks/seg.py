@@ -17,8 +17,8 @@ from heads import resize
 from model import MetaPromptModel
 from ops import augment, draw, parallel, pixels
 from ops.device import autocast, device_of, to_batch
-from ops.errors import InputError
-from sets.files import IGNORE, Classes
+from ops.errors import InputError, printable
+from sets.files import IGNORE, Classes, relative_names
 from tasks.common import SMALLEST, batches, bounded, merged
 
 METRIC = ("mIoU", 1)
@@ -167,14 +167,15 @@ def evaluate(model: MetaPromptModel, dataset, protocol: Protocol, dtype: torch.d
     if protocol.ratios != (1.0,):
         dataset.scale = None                             # `predict` makes all scales itself
     counts = torch.zeros(num_classes, num_classes, dtype=torch.long, device=device)
-    rows = []
+    rows, places = [], relative_names(dataset.names()) if export is not None else {}
     for batch, images, target, drawn in batches(dataset, protocol.at_once, workers, device):
         probs = predict(model, images, target.shape[-2:], protocol, dtype)
         prediction = probs.argmax(dim=1)
         counts += confusion(prediction, target, num_classes)
         if export is not None:
             for i, name in enumerate(batch["name"]):
-                export_labels(export, name, prediction[i].cpu().numpy(), dataset.classes)
+                export_labels(export / f"{places[name]}.png", prediction[i].cpu().numpy(),
+                              dataset.classes)
         rows.append([(images[i].cpu(), target[i].cpu(), prediction[i].cpu()) for i in drawn])
     rows = merged(rows)
     if sheet is not None:
@@ -191,25 +192,21 @@ def report(metrics: dict, dataset) -> None:
     width = max(len(name) for name in names)
     print(f"{'class':{width}}    IoU    Acc")
     for name, iou, acc in zip(names, metrics["IoU"], metrics["Acc"]):
-        print(f"{name:{width}}  {percent(iou)}  {percent(acc)}")
+        print(f"{printable(name):{width}}  {percent(iou)}  {percent(acc)}")
     print(f"mIoU {percent(metrics['mIoU'])}   mAcc {percent(metrics['mAcc'])}   "
           f"aAcc {percent(metrics['aAcc'])}")
 
 
-def export_labels(folder: Path, name: str, labels: np.ndarray, classes: Classes) -> Path:
-    """Write predicted labels (H, W), ints, as the benchmark's server wants them; returns the file.
-
-    A single-channel PNG under the name of the image `name`: Cityscapes' label ids in
-    CITY_SEQUENCE_FRAME_leftImg8bit.png, ADE20K's labels + 1.  ValueError for a value that is no
+def export_labels(path: Path, labels: np.ndarray, classes: Classes) -> None:
+    """Write predicted labels (H, W), ints, as the benchmark's server wants them: a single-channel
+    PNG of Cityscapes' label ids, or of ADE20K's labels + 1.  ValueError for a value that is no
     label.
     """
     wrong = sorted(set(np.unique(labels).tolist()) - {*range(len(classes.names)), IGNORE})
     if wrong:
-        raise ValueError(f"{name}: {wrong[0]} is no label of {len(classes.names)} classes")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{Path(name).stem}.png"
+        raise ValueError(f"{path}: {wrong[0]} is no label of {len(classes.names)} classes")
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(classes.export[labels]).save(path)
-    return path
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,10 +1,16 @@
 """What several test files share: tiny models and recipes, commands run in this process."""
+import json
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import train
 from ops.errors import run_command
+from sets import shapes
 from tasks.flags import resolve
+from tasks.recipes import to_dict
 
 TINY = ["--unet-channels", "16", "16", "32", "32", "--unet-groups", "8", "--unet-context-dim", "16",
         "--unet-latent-channels", "4", "--vae-channels", "8", "8", "16", "16", "--vae-groups", "8",
@@ -43,3 +49,57 @@ def make_folder(root, sizes=((80, 70),) * 4):
             label[:, w // 2:] = 1
             Image.fromarray(label).save(root / "labels" / split / f"{i}.png")
     return root
+
+
+def tiny_recipe(task, out, *flags):
+    """A tiny recipe of a task on its embedded set."""
+    own = ["--sigma", "2", "--deconv-channels", "8"] if task == "pose" else HEAD
+    return resolve([*TINY, *own, *SCENES, "--task", task, "--out", str(out), *map(str, flags)])[0]
+
+
+def write_run(task, folder):
+    """A run folder as train.py leaves it: an untrained tiny model on the embedded scenes."""
+    made = tiny_recipe(task, folder)
+    model = train.build_model(made, shapes.CLASSES if task == "seg" else ())
+    model.save_pretrained(folder / "best")
+    values = {**to_dict(made), "model": json.loads((folder / "best" / "config.json").read_text())}
+    (folder / "recipe.json").write_text(json.dumps(values))
+    return folder
+
+
+def command(main, monkeypatch, *words):
+    """Run a command's main with these words as its command line."""
+    monkeypatch.setattr("sys.argv", ["command", *map(str, words)])
+    main()
+
+
+def noise(height, width):
+    """(height, width, 3) uint8 of random pixels."""
+    rng = np.random.default_rng([height, width])
+    return rng.integers(0, 256, (height, width, 3), np.uint8)
+
+
+def save_image(path, pixels, **options):
+    """Write an array or a Pillow image, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(path, **options)
+    return path
+
+
+def read_png(path):
+    """The array of a PNG."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.array(image)
+
+
+def colours(picture):
+    """The set of colours in a picture (H, W, 3)."""
+    return set(map(tuple, picture.reshape(-1, 3).tolist()))
+
+
+def columns_of(images):
+    """A model's answer that is the column within what it is shown, (B, 1, H, W)."""
+    B, _, H, W = images.shape
+    return torch.arange(W, dtype=torch.float32).expand(B, 1, H, W)

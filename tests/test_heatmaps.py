@@ -1,7 +1,7 @@
 """The prompts' maps: the very ones that the head reads, the most telling ones, drawn as they are.
 
-Proven here: that the head makes the model's prediction of these maps; the rule by which prompts are
-chosen, on maps whose answer is known; colours and places of what is drawn; the command.
+Proven here: the rule by which prompts are chosen, on maps whose answer is known; colours and places
+of what is drawn; the command.  tests/test_model.py proves that the head reads these maps.
 
     python -m pytest tests/test_heatmaps.py
 """

@@ -1,6 +1,10 @@
 """Two processes (gloo, CPU) against one: losses, gradients, weights, metrics, the command line.
 
     pytest tests/test_parallel.py
+
+Equality is tested in float64.  In float32 one ReLU whose input is 1e-6 from 0 falls to this side or
+that, as the processor's kernels add up a batch of 2 or of 4, and one ReLU of 16384 in the
+segmentation head moves all gradients by 5e-3 of their norm.
 """
 import json
 import os
@@ -133,14 +137,14 @@ def normalised(module, x):
     return [y.detach(), x.grad, module.weight.grad, module.bias.grad, *module.buffers()]
 
 
-@pytest.mark.parametrize("offset,digits", [(0.0, 1e-5), (300.0, 1e-4)])
+@pytest.mark.parametrize("offset,digits", [(0.0, 1e-12), (1e7, 1e-7)])
 def test_batchnorm_pools_over_processes(pair, offset, digits):
     """Output, gradients and running statistics are those of torch's on the whole batch, also far
     from 0, where a difference of squares would have no digits left.
     """
     torch.manual_seed(0)
-    x = torch.randn(6, 5, 4, 3) + offset + torch.arange(6.0).view(6, 1, 1, 1)
-    one, two = nn.BatchNorm2d(5), parallel.BatchNorm2d(5)
+    x = torch.randn(6, 5, 4, 3).double() + offset + torch.arange(6.0).view(6, 1, 1, 1)
+    one, two = nn.BatchNorm2d(5).double(), parallel.BatchNorm2d(5).double()
     nn.init.normal_(one.weight), nn.init.normal_(one.bias)
     two.load_state_dict(one.state_dict())
     expected, found = normalised(one, x), list(zip(*pair(normalised, two, x)))
@@ -173,7 +177,7 @@ def seg_batch(classes, kind):
     labels[2:, :2] = 0
     labels[1:, 3] = heads.IGNORE
     labels[:2 if kind == "half ignored" else 4 if kind == "ignored" else 0] = heads.IGNORE
-    return 3 * torch.randn(4, classes, 6, 5, generator=generator), labels
+    return 3 * torch.randn(4, classes, 6, 5, generator=generator, dtype=torch.float64), labels
 
 
 @pytest.mark.parametrize("classes,kind", [(5, ""), (6, ""), (5, "half ignored"), (3, "ignored"),
@@ -185,8 +189,8 @@ def test_lovasz_pools_over_processes(pair, classes, kind):
     logits, labels = seg_batch(classes, kind)
     value, gradient = pooled(heads.lovasz_softmax, logits, labels)
     values, gradients = zip(*pair(pooled, heads.lovasz_softmax, logits, labels))
-    assert torch.allclose(sum(values) / 2, value, rtol=1e-6)
-    assert torch.allclose(torch.cat(gradients) / 2, gradient, rtol=1e-4, atol=1e-8)
+    assert value.dtype == torch.float64 and torch.allclose(sum(values) / 2, value, rtol=1e-12)
+    assert torch.allclose(torch.cat(gradients) / 2, gradient, rtol=1e-10, atol=1e-14)
     assert (value > 0) == (kind != "ignored")
 
 
@@ -194,13 +198,13 @@ def test_lovasz_pools_over_processes(pair, classes, kind):
 def test_silog_pools_over_processes(pair, valid):
     """Value and gradient of the whole batch, whose images have 0 to 30 valid pixels."""
     generator = torch.Generator().manual_seed(0)
-    depth, target = (torch.rand(4, 6, 5, generator=generator) + 0.1 for _ in range(2))
+    depth, target = torch.rand(2, 4, 6, 5, generator=generator, dtype=torch.float64) + 0.1
     for i, count in enumerate(valid):
         target[i].view(-1)[count:] = 0
     value, gradient = pooled(heads.silog, depth, target)
     values, gradients = zip(*pair(pooled, heads.silog, depth, target))
-    assert torch.allclose(sum(values) / 2, value, rtol=1e-6)
-    assert torch.allclose(torch.cat(gradients) / 2, gradient, rtol=1e-4, atol=1e-8)
+    assert value.dtype == torch.float64 and torch.allclose(sum(values) / 2, value, rtol=1e-12)
+    assert torch.allclose(torch.cat(gradients) / 2, gradient, rtol=1e-10, atol=1e-14)
     assert (value > 0) == any(valid)
 
 
@@ -232,18 +236,23 @@ def refusal(batch, micro_batch):
 # ------------------------------------------------------------------------------------------------
 # Training
 
-def descend(recipe, steps, plain):
-    """(losses per step, gradients of the first step, weights), by plain gradient descent or AdamW.
+def widened(batch):
+    """A batch whose images, metres and joints are float64."""
+    return {key: x.double() if torch.is_tensor(x) and x.is_floating_point() else x
+            for key, x in batch.items()}
 
-    AdamW divides by a gradient's size: where it should be 0 (a convolution's bias before a norm),
-    rounding decides the update.
+
+def descend(recipe, steps, plain):
+    """(losses per step, gradients of the first step, weights) in float64, by plain gradient descent
+    or AdamW.
     """
     training = evaluation.open_set(vars(recipe), "train")
     names = training.classes.names if recipe.task == "seg" else ()
     model, optimizer, _ = train.begin(recipe, False, names, torch.device("cpu"))
+    model.double()
     if plain:
         optimizer = torch.optim.SGD(model.param_groups(recipe.lr, 1.0, 0.0))
-    batches = train.Timed(data.train_loader(training, recipe.micro_batch, 0, 0, 0), len(training))
+    batches = map(widened, data.train_loader(training, recipe.micro_batch, 0, 0, 0))
     seen, losses, loss_of = [], [], parallel.distribute(model)
 
     def note(*_):
@@ -258,32 +267,38 @@ def descend(recipe, steps, plain):
     return losses, seen[0], model.state_dict()
 
 
-# What the order of the images within a micro-batch alone changes, in one process, on these sizes:
-# gradients 2e-6, weights 7e-5 (seg), 2e-6 and 3e-9 (depth), 2e-7 and 3e-9 (pose).
-@pytest.mark.parametrize("task,weight", [("seg", 1e-3), *(
-    pytest.param(task, 1e-6, marks=pytest.mark.slow) for task in ("depth", "pose"))])
-def test_two_processes_train_like_one(pair, tmp_path, task, weight):
+@pytest.mark.parametrize("task", ["seg", *(pytest.param(task, marks=pytest.mark.slow)
+                                           for task in ("depth", "pose"))])
+def test_two_processes_train_like_one(pair, tmp_path, task):
     """With T = 3, checkpointing and 2 accumulated micro-batches of 2 x 2 images: losses and
     gradients of the first step, weights after five are those of micro-batches of 4.
     """
     one, *both = twice(pair, task, tmp_path, 2, 0.01, True)
-    for losses, gradients, weights in both:
-        assert losses[0] == pytest.approx(one[0][0], rel=1e-6)
-        assert losses[-1] == pytest.approx(one[0][-1], rel=1e-4)
-        assert distance(gradients.values(), one[1].values()) < 3e-5
-        assert distance(weights.values(), one[2].values()) < weight
+    assert_equal(one, *both)
+    for _, _, weights in both:
+        assert distance(weights.values(), one[2].values()) < 1e-10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["seg", "depth", "pose"])
 def test_adamw_takes_the_same_steps_in_two_processes(pair, tmp_path, task):
-    """The recipe's optimiser, without accumulation: gradients, losses, equal weights in both."""
+    """The recipe's optimiser, without accumulation; the weights of both are the same to the bit.
+
+    Those of one process are not compared: AdamW divides by a gradient's size, and where that should
+    be 0 (a convolution's bias before a norm), rounding decides the update.
+    """
     one, *both = twice(pair, task, tmp_path, 4, 1e-3, False)
-    for losses, gradients, _ in both:
-        assert distance(gradients.values(), one[1].values()) < 5e-3
-        for found, expected in zip(losses, one[0]):
-            assert found["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+    assert_equal(one, *both)
     assert all(torch.equal(a, b) for a, b in zip(both[0][2].values(), both[1][2].values()))
+
+
+def assert_equal(one, *both):
+    """All losses and the first gradients of both processes are one's, but for rounding."""
+    for losses, gradients, _ in both:
+        assert [step.keys() for step in losses] == [step.keys() for step in one[0]]
+        for found, expected in zip(losses, one[0]):
+            assert found == pytest.approx(expected, rel=1e-10)
+        assert distance(gradients.values(), one[1].values()) < 1e-10
 
 
 def twice(pair, task, out, micro, lr, plain):
@@ -311,7 +326,7 @@ def measure(recipe, sheet):
                                            for task in ("depth", "pose"))])
 def test_metrics_and_pictures_are_one_process_s(pair, tmp_path, task):
     """11 images in batches of 2 for two processes: every metric and every picture is the same."""
-    r = recipe(task, tmp_path)
+    r = recipe(task, tmp_path, "--micro-batch", 2)
     one = measure(r, tmp_path / "one.png")
     for two in pair(measure, r, tmp_path / "two.png"):
         assert one.keys() == two.keys()

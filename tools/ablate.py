@@ -28,6 +28,7 @@ from tasks import TASKS
 from tasks.flags import Parser, finish, resolve, with_flags
 from tasks.recipes import Recipe, read_recipe
 from train import train
+from weights.runs import read_log
 
 PROMPTS = "prompts.safetensors"  # in the folder of a run with fixed prompts
 
@@ -130,10 +131,9 @@ def orthogonal_prompts(count: int, dim: int, seed: int) -> Tensor:
 
 def final_metric(recipe: Recipe) -> float | None:
     """The main metric after the run's last step; None if the run has not got there."""
-    path, name = Path(recipe.out) / "metrics.jsonl", TASKS[recipe.task].METRIC[0]
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    found = [r[name] for r in records if r["step"] == recipe.iterations and name in r]
+    name = TASKS[recipe.task].METRIC[0]
+    found = [record[name] for record in read_log(Path(recipe.out) / "metrics.jsonl")
+             if record["step"] == recipe.iterations and name in record]
     return found[-1] if found else None
 
 
@@ -141,7 +141,7 @@ def run_one(recipe: Recipe) -> float | None:
     """Start or resume one run, its output in log.txt; returns its metric, None if it diverged."""
     folder = Path(recipe.out)
     folder.mkdir(parents=True, exist_ok=True)
-    saved = any((folder / last / "state.json").is_file() for last in ("last", "last.previous"))
+    saved = any((folder / name).exists() for name in ("last", "last.tmp", "last.previous"))
     with (folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log):
         try:
             train(recipe, resume=saved)

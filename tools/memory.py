@@ -1,7 +1,7 @@
 """Estimated peak GB of one training step, before anything is loaded; the flags that fit a GPU.
 
-    python -m tools.memory --task seg --dataset ade20k                what a step of the recipe takes
-    python -m tools.memory --task seg --dataset ade20k --fit 24       the largest micro-batch in 24 GB
+    python -m tools.memory --task seg --dataset ade20k            what a step takes
+    python -m tools.memory --task seg --dataset ade20k --fit 24   what fits a GPU of 24 GB
 
 Takes train.py's flags, too; the data set need not be there.  The step runs on fake tensors (shapes
 without values) while a dispatch mode adds up the bytes of all tensors that are alive: weights,

@@ -1,62 +1,129 @@
-"""Checkpoints of a training run: written atomically, loaded strictly, no pickle.
+"""Checkpoints of a training run: complete at every instant, loaded strictly, no pickle.
 
     RUN/last/            config.json, model.safetensors, optimizer.safetensors, state.json
     RUN/last.previous/   the one before, in case the newest proves unreadable
     RUN/best/            config.json, model.safetensors, README.md (model card)
 
-A checkpoint is written to a folder of another name, flushed to the disk and then renamed: whenever
-the program dies, `last` or `last.previous` is complete.
+A folder is written under another name, NAME.tmp, flushed to the disk, and its last file written
+marks it as complete.  Only then NAME becomes NAME.previous and NAME.tmp becomes NAME.  Whenever the
+program dies, NAME or NAME.tmp is complete; `recover` finishes what was begun, at the next save or
+start, however often that dies, too.
 """
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ops.errors import InputError
+from ops.errors import InputError, read_json
+from ops.settings import from_dict
 from weights.files import read_tensors
 
+LAST = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json")
+BEST = ("config.json", "model.safetensors", "README.md")  # the last of both marks completeness
 
-def flush(folder: Path) -> None:
-    """Force a folder and the files in it to the disk."""
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+
+@dataclass(frozen=True)
+class State:
+    """Where a run is: state.json."""
+
+    step: int = 0  # steps done
+    best: float | None = None  # best value of the main metric
+    evaluated: int = 0  # step of the last validation
+
+
+# ------------------------------------------------------------------------------------------------
+# Files that a kill cannot tear
+
+def flush(path: Path) -> None:
+    """Force a file, or a folder's entries, to the disk."""
+    if path.is_dir() and os.name == "nt":                # Windows cannot open folders
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; whenever the program dies, the old or the new one is complete."""
+    new = path.with_name(path.name + ".tmp")
+    new.write_text(text, encoding="utf-8")
+    flush(new)
+    os.replace(new, path)
+    flush(path.parent)
 
 
 def write_json(path: Path, value) -> None:
-    """Write a JSON file; whenever the program dies, the old or the new one is complete."""
-    new = path.with_name(path.name + ".tmp")
-    new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    handle = os.open(new, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-    os.replace(new, path)
+    """The same for a JSON file."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def replace_folder(new: Path, old: Path, keep: bool) -> None:
-    """Put the complete folder `new` in the place of `old`; the old one becomes OLD.previous."""
-    flush(new)
-    previous = old.with_name(old.name + ".previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if old.exists():
-        os.rename(old, previous)
-    os.rename(new, old)
-    flush(old.parent)
-    if not keep:
-        shutil.rmtree(previous, ignore_errors=True)
+def complete(folder: Path, files: tuple[str, ...]) -> bool:
+    """Whether a folder was written to its end."""
+    return all((folder / name).is_file() for name in files)
 
 
-def empty_folder(path: Path) -> Path:
-    """`path`, made anew: a leftover of a run that died while writing is removed."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return path
+def remove(path: Path) -> None:
+    """Remove a folder, or the link to one."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
+
+def recover(folder: Path, files: tuple[str, ...]) -> None:
+    """Finish, or undo, what a killed save of `folder` began."""
+    new, previous = (folder.with_name(folder.name + end) for end in (".tmp", ".previous"))
+    if complete(new, files):
+        if complete(folder, files):                      # else `previous` is the only old one
+            remove(previous)
+            os.rename(folder, previous)
+        remove(folder)                                   # what is left of it is torn
+        os.rename(new, folder)
+        flush(folder.parent)
+    remove(new)
+    if complete(previous, files) and not complete(folder, files):
+        remove(folder)
+        os.rename(previous, folder)
+
+
+def begin(folder: Path, files: tuple[str, ...]) -> Path:
+    """An empty folder to write the next `folder` into."""
+    recover(folder, files)
+    new = folder.with_name(folder.name + ".tmp")
+    new.mkdir(parents=True)
+    return new
+
+
+def finish(folder: Path, files: tuple[str, ...], last: str) -> None:
+    """Put the written folder into its place; `last`: text of the file that marks it complete.
+
+    If the disk is full, what was written of it is removed and the old one stays.
+    """
+    new = folder.with_name(folder.name + ".tmp")
+    for name in files[:-1]:
+        os.chmod(new / name, 0o666 & ~UMASK)             # safetensors' files are the user's alone
+        flush(new / name)
+    write_text(new / files[-1], last)
+    recover(folder, files)
+
+
+def find_umask() -> int:
+    """The bits that new files of this process must not have."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+UMASK = find_umask()
+
+
+# ------------------------------------------------------------------------------------------------
+# Saving
 
 CARD = """---
 tags: [meta-prompts, {task}]
@@ -98,34 +165,64 @@ def model_card(recipe: dict, metrics: dict, step: int) -> str:
                        note=note, step=step, metrics=scalars, recipe=json.dumps(shown, indent=2))
 
 
+def check_finite(model: nn.Module) -> None:
+    """FloatingPointError naming a weight that is not finite: it is not worth saving."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise FloatingPointError(f"{name} is no longer finite: the weights are not saved, the "
+                                     "last checkpoint is good; try --clip 1 or a smaller --lr")
+
+
 def save_best(run: Path, model: nn.Module, card: str = "") -> None:
     """Write RUN/best, ready for the Hub; `card` is its README.md."""
-    folder = empty_folder(run / "best.tmp")
-    model.save_pretrained(folder)
-    (folder / "README.md").write_text(card)
-    replace_folder(folder, run / "best", keep=False)
+    check_finite(model)
+    folder = begin(run / "best", BEST)
+    try:
+        model.save_pretrained(folder)
+        finish(run / "best", BEST, card)
+    except BaseException:
+        remove(folder)
+        raise
+    remove(run / "best.previous")
 
 
 def save_last(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
-              state: dict) -> None:
-    """Write RUN/last: weights, optimiser and `state` (step, best result so far)."""
-    folder = empty_folder(run / "last.tmp")
-    model.save_pretrained(folder)
-    moments = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}:{key}"] = value.detach().cpu().contiguous()
-    save_file(moments, folder / "optimizer.safetensors")
-    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    replace_folder(folder, run / "last", keep=True)
+              state: State) -> None:
+    """Write RUN/last: weights, optimiser and `state`."""
+    check_finite(model)
+    folder = begin(run / "last", LAST)
+    try:
+        model.save_pretrained(folder)
+        moments = {f"{name}:{key}": value.detach().cpu().contiguous()
+                   for name, parameter in model.named_parameters()
+                   for key, value in optimizer.state.get(parameter, {}).items()}
+        save_file(moments, folder / "optimizer.safetensors")
+        finish(run / "last", LAST, json.dumps(vars(state), indent=2) + "\n")
+    except BaseException:
+        remove(folder)
+        raise
 
 
-def find_last(run: Path) -> Path:
-    """RUN/last, or RUN/last.previous if the program died between two renames; or InputError."""
-    for folder in (run / "last", run / "last.previous"):
-        if (folder / "state.json").is_file():
-            return folder
-    raise InputError(f"--resume {run}: no last/state.json in it; is it a run folder of train.py?")
+# ------------------------------------------------------------------------------------------------
+# Loading
+
+def find_last(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, newest first; InputError if there is none."""
+    recover(run / "last", LAST)
+    found = [folder for folder in (run / "last", run / "last.previous") if complete(folder, LAST)]
+    if not found:
+        raise InputError(f"{run} holds no checkpoint: it was not trained by train.py, or ended "
+                         "before its first save; the same command without --resume starts again")
+    return found
+
+
+def read_state(folder: Path) -> State:
+    """state.json of a checkpoint; InputError if it is no state."""
+    state = from_dict(State, read_json(folder / "state.json"), f"{folder}/state.json")
+    if state.step < 1 or not 0 <= state.evaluated <= state.step:
+        raise InputError(f"{folder}/state.json: step {state.step}, evaluated {state.evaluated}: "
+                         "a saved run has done a step, and validated none that it has not")
+    return state
 
 
 def own_memory(model: nn.Module) -> nn.Module:
@@ -139,20 +236,40 @@ def own_memory(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimiser the moments saved in `folder`; InputError if they don't fit the model."""
-    path = folder / "optimizer.safetensors"
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    for key, value in read_tensors(path).items():
+def expected_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Name -> a tensor of the shape and type that it has after a step, for every moment."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            kinds = ({"momentum": p} if group.get("muon") else
+                     {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p})
+            found.update({f"{names[p]}:{kind}": tensor for kind, tensor in kinds.items()})
+    return found
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
+                   step: int) -> None:
+    """Give the optimiser the moments saved in `folder` after `step` steps.
+
+    InputError if they are not exactly those of this model: names, shapes, types, finite values.
+    """
+    path, expected = folder / "optimizer.safetensors", expected_moments(model, optimizer)
+    found, parameters = read_tensors(path), dict(model.named_parameters())
+    for name in sorted(expected.keys() ^ found.keys()):
+        raise InputError(f"{path} {'lacks' if name in expected else 'has the unknown'} {name}")
+    for key, value in found.items():
+        wanted = expected[key]
+        if value.shape != wanted.shape or value.dtype != wanted.dtype:
+            raise InputError(f"{path}: {key} is {value.dtype} of shape {tuple(value.shape)}, "
+                             f"expected {wanted.dtype} of {tuple(wanted.shape)}")
         name, _, kind = key.rpartition(":")
-        if name not in parameters:
-            raise InputError(f"{path} has moments of {name}, which the model does not train")
-        parameter = parameters[name]
-        if value.ndim > 0 and value.shape != parameter.shape:
-            raise InputError(f"{path}: {key} has shape {tuple(value.shape)}, expected "
-                             f"{tuple(parameter.shape)}")
-        device = parameter.device if value.ndim > 0 or parameter.is_cuda else "cpu"
-        optimizer.state[parameter][kind] = value.clone().to(device)
+        if not value.isfinite().all() or kind == "exp_avg_sq" and value.min() < 0 \
+                or kind == "step" and value != step:
+            raise InputError(f"{path}: {key} holds a value that no optimiser has after step {step}")
+        device = "cpu" if kind == "step" and not parameters[name].is_cuda \
+            else parameters[name].device
+        optimizer.state[parameters[name]][kind] = value.clone().to(device)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -141,6 +141,10 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> No
         if tensor.shape != wanted[name].shape:
             raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, "
                              f"expected {tuple(wanted[name].shape)}")
+        if tensor.is_floating_point() != wanted[name].is_floating_point() or tensor.is_complex():
+            raise InputError(f"{path}: {name} is {tensor.dtype}, expected {wanted[name].dtype}")
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: {name} holds values that are not finite")
     widened = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     module.load_state_dict(widened, assign=True)
 

@@ -67,11 +67,11 @@ def unpickle(path: Path) -> dict:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the class {found[1]}" if found else str(error).splitlines()[0]
+        what = f"the class {found[1]}" if found else str(error)[:200] or "nothing"
         raise InputError(f"{path} holds {what}, which could run code: it is not loaded") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"{path} is not a complete checkpoint ({str(error).splitlines()[0]}): "
-                         "get it again") from None
+    except Exception as error:                           # a broken file raises whatever happens
+        raise InputError(f"{path} is not a complete checkpoint ({type(error).__name__}: "
+                         f"{str(error)[:200]}): get it again") from None
 
 
 def state_of(contents: dict, path: Path) -> dict[str, Tensor]:
@@ -80,7 +80,8 @@ def state_of(contents: dict, path: Path) -> dict[str, Tensor]:
         if isinstance(contents, dict) and isinstance(contents.get(key), dict):
             contents = contents[key]
             break
-    if not isinstance(contents, dict) or not all(isinstance(v, Tensor) for v in contents.values()):
+    if not isinstance(contents, dict) or not all(isinstance(k, str) and isinstance(v, Tensor)
+                                                 for k, v in contents.items()):
         raise InputError(f"{path} holds neither a state_dict nor a model of tensors")
     return {name.removeprefix("module."): tensor for name, tensor in contents.items()}
 

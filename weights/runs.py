@@ -1,0 +1,88 @@
+"""The folder of a run: held by one process, and its log, metrics.jsonl."""
+import json
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                                      # Windows
+    fcntl = None
+
+from ops import parallel
+from ops.errors import InputError
+from weights.checkpoint import write_text
+
+
+class RunFolder:
+    """The folder of a run, held by one process: a second one is told.
+
+    Raises InputError if it can't be written, is in use, or a new run would overwrite another.
+    """
+
+    def __init__(self, run: Path, resume: bool):
+        self.run, self.resume = run, resume
+
+    def __enter__(self) -> None:
+        self.lock = None
+        if parallel.rank() > 0:
+            return
+        kept = [name for name in ("last", "last.previous", "best") if (self.run / name).exists()]
+        if kept and not self.resume:
+            raise InputError(f"--out {self.run} holds a run already: --resume {self.run}, or give "
+                             "another folder")
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.run / "lock").open("a")
+        except OSError as error:
+            raise InputError(f"--out {self.run} can't be written: {error}") from None
+        if not lock_file(self.lock):
+            self.lock.close()
+            raise InputError(f"{self.run} is in use by another process that trains into it")
+
+    def __exit__(self, *error) -> None:
+        if self.lock is not None:
+            self.lock.close()                            # also unlocks it
+
+
+def lock_file(file) -> bool:
+    """Whether this process now holds the lock of an open file; where there are no locks, True."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:                                      # a file system without locks
+        return True
+    return True
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; lines that a crash tore are left out."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+class Log:
+    """metrics.jsonl: one line per record; on resuming, records after the checkpoint are dropped.
+
+    The first of several processes writes it.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        if parallel.rank() == 0 and path.is_file():
+            kept = [record for record in read_log(path) if record["step"] <= step]
+            checkpoint.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def write(self, record: dict) -> None:
+        """Append a record."""
+        if parallel.rank() == 0:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
