@@ -22,7 +22,7 @@ class RunFolder:
         self.run, self.resume = run, resume
 
     def __enter__(self) -> None:
-        self.lock = None
+        self.lock, self.new = None, not self.run.exists()
         if parallel.rank() > 0:
             return
         kept = [name for name in ("last", "last.previous", "best") if (self.run / name).exists()]
@@ -31,7 +31,7 @@ class RunFolder:
                              "another folder")
         try:
             self.run.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.run / "lock").open("a")
+            self.lock = (self.run / ".lock").open("a")
         except OSError as error:
             raise InputError(f"--out {self.run} can't be written: {error}") from None
         if not lock_file(self.lock):
@@ -41,6 +41,9 @@ class RunFolder:
     def __exit__(self, *error) -> None:
         if self.lock is not None:
             self.lock.close()                            # also unlocks it
+            if self.new and len(list(self.run.iterdir())) == 1:
+                (self.run / ".lock").unlink()            # refused before anything was written
+                self.run.rmdir()
 
 
 def lock_file(file) -> bool:
