@@ -196,7 +196,8 @@ def test_another_recipe_does_not_mix_with_finished_runs(tmp_path):
         ablate.ablate(replace(base, iterations=9), 1, None)
 
 
-BAD_ABLATIONS = [(["--seeds", "0"], "--seeds 0"), (["--variants", "nothing"], "choose from baseline"),
+BAD_ABLATIONS = [(["--seeds", "0"], "--seeds 0"),
+                 (["--variants", "nothing"], "choose from baseline"),
                  (["--init-from", "x"], "leave out"), (["--prompts", "x"], "--prompts x"),
                  (["--num-prompts", "20"], "at most --unet-context-dim 16"),
                  (["--resume", "x"], "recipe.json does not exist")]

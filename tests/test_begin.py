@@ -40,7 +40,7 @@ def test_training_leaves_fixed_prompts_and_moves_their_adapters(tmp_path, task):
     assert all(torch.equal(row, load_file(path)["embeddings"]) for row in model.prompts)
     assert not any(torch.equal(v, before[k]) for k, v in model.adapters.state_dict().items())
     path.unlink()
-    checkpoint.load_optimizer(tmp_path / "r" / "last", model, train.build_optimizer(model, made))
+    checkpoint.load_optimizer(tmp_path / "r" / "last", model, train.build_optimizer(model, made), 1)
 
 
 def test_fixed_prompts_without_adapter(tmp_path):

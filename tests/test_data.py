@@ -93,9 +93,9 @@ def test_eval_loader_covers_once(batch):
     """Every scene once, in order, the last batch as large as what is left."""
     dataset = Shapes(5, "seg", trees.cut("val", side=32))
     batches = list(data.eval_loader(dataset, batch, workers=0))
-    names = [name for b in batches for name in b["name"]]
-    assert names == [dataset[0, index]["name"] for index in range(5)]
-    assert [len(b["image"]) for b in batches][:-1] == [batch] * (len(batches) - 1)
+    names = [name for b, _ in batches for name in b["name"]]
+    assert names == [dataset[0, index]["name"] for index in range(5)] == dataset.names()
+    assert [len(b["image"]) for b, _ in batches][:-1] == [batch] * (len(batches) - 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -127,11 +127,23 @@ def test_workers_change_nothing(tmp_path):
 
 def test_error_in_a_worker(tmp_path):
     """From a worker process it is still an InputError, whose last line names the file."""
-    dataset = opened(tmp_path / "d", "val")
-    path, = spoil(dataset, 0)
+    dataset = opened(tmp_path / "d")
+    paths = spoil(dataset, 0, 1, 2, 3)
     with pytest.raises(InputError) as error:
-        next(iter(data.eval_loader(dataset, batch=1, workers=1)))
-    assert f"{path} cannot be decoded" in str(error.value).strip().splitlines()[-1]
+        next(iter(data.train_loader(dataset, 1, 0, 0, workers=1)))
+    line = str(error.value).strip().splitlines()[-1]
+    assert any(f"{path} cannot be decoded" in line for path in paths)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_leaves_unreadable_files_out(tmp_path, workers):
+    """Their messages come beside the batch of the others; a batch of nothing else is None."""
+    dataset = opened(tmp_path / "d", "val")
+    paths = spoil(dataset, 1, 2, 3)
+    (samples, messages), (none, rest) = data.eval_loader(dataset, 2, workers)
+    assert samples["name"] == [dataset.name(0)] and none is None
+    assert all(f"{path} cannot be decoded" in message
+               for path, message in zip(paths, messages + rest, strict=True))
 
 
 def test_the_next_sample_stands_in_for_an_unreadable_one(tmp_path):
