@@ -109,7 +109,7 @@ def test_classes_txt_spelling(folder):
 
 def test_label_out_of_range(folder, ade):
     """A value that is no class is refused with the file, the value and the legal ones."""
-    write(folder / "labels/train/b.png", np.full((20, 30), 3))
+    write(folder / "labels/train/b.png", np.full((64, 80), 3))
     with pytest.raises(InputError, match=r"train/b.png holds the label 3: 0\.\.2 and 255"):
         opened(folder).check()
     path = next(ade.rglob("ADE_val_00000001.png"))
@@ -120,10 +120,10 @@ def test_label_out_of_range(folder, ade):
 
 def test_broken_pair(folder):
     """A label of another size than its image, or a broken file, is named by the first check."""
-    write(folder / "labels/train/b.png", np.zeros((30, 20)))
-    with pytest.raises(InputError, match="train/b.png is 20x30, its image 30x20"):
+    write(folder / "labels/train/b.png", np.zeros((80, 64)))
+    with pytest.raises(InputError, match="train/b.png is 64x80, its image 80x64"):
         opened(folder).check()
-    write(folder / "labels/train/b.png", np.zeros((20, 30)))
+    write(folder / "labels/train/b.png", np.zeros((64, 80)))
     (folder / "images/train/a.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match="images/train/a.jpg cannot be decoded"):
         opened(folder).check()
@@ -131,7 +131,7 @@ def test_broken_pair(folder):
 
 def test_labels_that_ignore_everything_are_refused(folder):
     """There would be nothing to learn or to measure."""
-    write(folder / "labels/val/d.png", np.full((20, 30), 255))
+    write(folder / "labels/val/d.png", np.full((64, 80), 255))
     with pytest.raises(InputError, match="all pixels of the 1 labels checked, such as .*d.png"):
         opened(folder, "val").check()
 
