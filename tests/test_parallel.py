@@ -154,6 +154,18 @@ def test_batchnorm_pools_over_processes(pair, offset, digits):
     assert all(distance([a], [b]) < digits for a, b in zip(found, expected))
 
 
+def test_batchnorm_of_bfloat16_counts_in_float32(pair):
+    """Under autocast the statistics are those of the same values in float32; bfloat16's own would
+    be 4e-3 off.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 4, 3).bfloat16()
+    expected = normalised(nn.BatchNorm2d(5), x.float())
+    for y, gradient, *_, mean, variance, _ in pair(normalised, parallel.BatchNorm2d(5), x):
+        assert y.dtype == gradient.dtype == torch.bfloat16
+        assert distance([mean, variance], expected[4:6]) < 1e-5
+
+
 def test_batchnorm_in_evaluation_and_its_names_are_torchs(pair):
     """The same state_dict, and running statistics used as they are."""
     one, two = nn.BatchNorm2d(3).eval(), parallel.BatchNorm2d(3).eval()
