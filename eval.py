@@ -39,7 +39,7 @@ from ops.settings import comments
 from sets.files import IMAGE_SUFFIXES, load_image
 from tasks import TASKS, seg
 from tasks.common import SMALLEST
-from tasks.flags import Parser, add_flags, flag_paths, parse, show, with_flags
+from tasks.flags import Parser, add_flags, check_idle, flag_paths, parse, show, with_flags
 from tasks.recipes import Recipe, find_recipe, read_recipe
 
 COMMANDS = ("checkpoint", "official", "task", "dataset", "image", "boxes", "tta", "say_protocol",
@@ -100,7 +100,9 @@ def load(arguments: list[str]) -> tuple:
     check(args)
     given = {name: words for name, words in vars(args).items()
              if name not in COMMANDS and name in flag_paths(recipe)}
-    return args, settle(with_flags(recipe, given), args, model.config), model, source
+    recipe = with_flags(recipe, given)
+    check_idle(recipe, given)
+    return args, settle(recipe, args, model.config), model, source
 
 
 def command_parser(recipe: Recipe, sections: tuple[str, ...]) -> Parser:
@@ -136,6 +138,8 @@ def check(args) -> None:
     for flag, folder in (("--out", args.out), ("--export", args.export), ("--save", args.save)):
         if folder is not None:
             check_folder(flag, folder)
+    if args.image is None and hasattr(args, "max_side"):
+        raise InputError("--max-side is about your own pictures: it needs --image")
     if args.image is None:
         return
     if args.export is not None:

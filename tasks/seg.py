@@ -38,6 +38,11 @@ class Protocol:
     at_once: int = 1  # images in a batch; more than 1 only where all have one size
     max_side: int = 0  # your own pictures, without `scale`: longer side; 0: twice the crop
 
+    def __post_init__(self):
+        if self.window is not None and not 1 <= (self.stride or 0) <= self.window:
+            raise InputError(f"--window {self.window} needs a --stride of 1 to {self.window} "
+                             f"pixels: it is {self.stride}")
+
 
 def with_tta(protocol: Protocol) -> Protocol:
     """The protocol with 7 scales and mirror images, 14 passes."""

@@ -7,19 +7,20 @@ import shutil
 
 import pytest
 import torch
+from helpers import recipe
 from safetensors.torch import load_file, save_file
-from test_model import build
 
+import train
 from model import MetaPromptModel
 from ops.errors import InputError
+from tasks.recipes import RECIPES, to_dict
 from weights import checkpoint
 
 
 @pytest.fixture
-def stepped():
+def stepped(tmp_path):
     """(model, optimiser) after one step on random gradients."""
-    torch.manual_seed(0)
-    model = build().train()
+    model = train.build_model(recipe(tmp_path / "run"), ("a", "b", "c"))
     optimizer = torch.optim.AdamW(model.param_groups(1e-3, 0.1, 0.01), fused=True)
     for p in model.parameters():
         if p.requires_grad:
@@ -99,3 +100,20 @@ def test_broken_checkpoints_are_refused_by_name(tmp_path, stepped):
         MetaPromptModel.from_pretrained(tmp_path / "last")
     with pytest.raises(InputError, match="is it a run folder"):
         checkpoint.find_last(tmp_path / "empty")
+
+
+# ------------------------------------------------------------------------------------------------
+# The model card
+
+@pytest.mark.parametrize("changes, licence", [
+    ({"backbone": "tiny"}, "mit"), ({"init": "random"}, "mit"), ({}, "creativeml-openrail-m"),
+    ({"backbone": "."}, "creativeml-openrail-m")])
+def test_the_card_has_the_licence_of_its_weights_and_no_path(changes, licence):
+    """Stable Diffusion's licence passes on; folders of the machine stay at home; scalars only."""
+    recipe = {**to_dict(RECIPES["seg", "ade20k"]), "out": "/home/me/run",
+              "init_from": "/home/me/first", "prompts": "/home/me/p", **changes}
+    recipe["files"]["data"] = "/home/me/ade"
+    card = checkpoint.model_card(recipe, {"mIoU": 0.5, "IoU": [0.25]}, 7)
+    assert f"license: {licence}\n" in card and "after step 7: mIoU 0.5000\n" in card
+    assert "/home" not in card and "0.25" not in card and '"num_prompts": 150' in card
+    assert ('"backbone": "a local copy"' in card) == (changes.get("backbone") == ".")

@@ -1,12 +1,82 @@
-"""Where a tensor lies, and whether it has values: no branch on values that are not there.
+"""Devices and precisions; no branch on values that are not there.
 
     pytest tests/test_device.py
 """
+import numpy as np
+import pytest
 import torch
+from oracles import randomise
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from heads import lovasz_softmax
-from ops.device import descending, has_data
+from model import Config, MetaPromptModel
+from ops.device import (autocast, cast_weights, descending, device_of, has_data, pick_device,
+                        pick_precision, to_batch)
+from ops.errors import InputError
+from unet import UNetConfig
+from vae import VAEConfig
+
+CPU = torch.device("cpu")
+
+
+def test_pick_device():
+    """Names torch knows are taken; unknown names and absent GPUs are an InputError."""
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "cuda:x", ""):
+        with pytest.raises(InputError, match=f"--device {name} is unknown: auto, cpu, cuda"):
+            pick_device(name)
+    with pytest.raises(InputError, match="--device meta is not supported"):
+        pick_device("meta")
+    with pytest.raises(InputError, match=r"--device cuda:99: torch .* sees \d+ GPUs"):
+        pick_device("cuda:99")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu():
+    """Asking for a GPU where there is none is refused, not silently run on the CPU."""
+    with pytest.raises(InputError, match="--device cuda: torch .* sees 0 GPUs"):
+        pick_device("cuda")
+
+
+def test_pick_precision():
+    """A named precision is taken as it is; auto decides for one of the two."""
+    assert pick_precision("float32", CPU) == torch.float32
+    assert pick_precision("bfloat16", CPU) == torch.bfloat16
+    assert pick_precision("auto", CPU) in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype):
+    """Inside, matrix products have the precision asked for."""
+    with autocast(CPU, dtype):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_a_picture_becomes_a_batch():
+    """(H, W, 3) uint8 -> (1, 3, H, W) in [0, 1], where the model is."""
+    image = np.array([[[0, 51, 255], [1, 2, 3]]], np.uint8)
+    batch = to_batch(image, device_of(torch.nn.Linear(1, 1)))
+    assert batch.shape == (1, 3, 1, 2) and batch.device == CPU
+    assert torch.equal(batch[0, :, 0, 0], torch.tensor([0, 0.2, 1]))
+
+
+@pytest.mark.parametrize("task", ["seg", "depth", "pose"])
+def test_cast_weights_give_the_same_answers(task):
+    """Under autocast the model answers bit for bit as before; nearly all bytes are halved."""
+    torch.manual_seed(0)
+    model = randomise(MetaPromptModel(Config(
+        task, num_prompts=5, refine_steps=2, shared_prompts=task == "seg",
+        prompt_adapter=task != "seg", num_classes=4, head_channels=16,
+        unet=UNetConfig((32,) * 4, num_heads=4, context_dim=32), vae=VAEConfig((32,) * 4))).eval())
+    images = torch.rand(1, 3, 64, 128)
+    answers, sizes = [], []
+    for _ in range(2):
+        with torch.inference_mode(), autocast(CPU, torch.bfloat16):
+            answers.append(model(images))
+        sizes.append(sum(p.nbytes for p in model.parameters()))
+        cast_weights(model, torch.bfloat16)
+    assert torch.equal(*answers) and sizes[1] < 0.55 * sizes[0]
 
 
 def test_only_eager_tensors_have_data():

@@ -1,57 +1,32 @@
-"""The pictures show what they say: the right colours in the right places, on disk.
+"""Drawing: the right colours in the right places, on PNG files that are written and read back.
 
-Proven here: palette colours at known pixels, black where there is no label, the legend's content,
-the size and order of a sheet's columns, on PNG files that are written and read back.
-
-    python -m pytest tests/test_pictures.py
+    pytest tests/test_draw.py            (the tasks' pictures: test_seg.py, test_depth.py, ...)
 """
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers import colours, noise, read_png
 
-import data
-from ops import draw as pictures
+from ops import draw
 
-RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 200, 0), (0, 0, 255), (250, 240, 0)
-CLASSES = data.plain_classes(("sky", "road", "car", "a name that is far too long"),
-                             (RED, GREEN, BLUE, YELLOW))
-HEADER = pictures.TEXT_HEIGHT + 4
+RED, GREEN, BLUE = (255, 0, 0), (0, 200, 0), (0, 0, 255)
+ENTRIES = [("sky", RED), ("road", GREEN), ("car", BLUE), ("a name that is far too long", (9, 9, 9))]
+HEADER = draw.TEXT_HEIGHT + 4
 
 
-def colours(picture):
-    """The set of colours in a picture."""
-    return set(map(tuple, picture.reshape(-1, 3).tolist()))
+def plain(height, width, colour):
+    """A picture of one colour."""
+    return np.full((height, width, 3), colour, np.uint8)
 
 
-def read(path):
-    with Image.open(path) as image:
-        assert image.mode == "RGB" and image.format == "PNG"
-        return np.asarray(image)
-
-
-def test_colour_labels():
-    """Each label gets its class's colour, 255 black; any integer type will do."""
-    labels = [[0, 1, 255], [3, 2, 255]]
-    for dtype in (np.uint8, np.int64):
-        picture = pictures.colour_labels(np.array(labels, dtype), CLASSES)
-        assert picture.dtype == np.uint8
-        assert picture.tolist() == [[list(RED), list(GREEN), [0, 0, 0]],
-                                    [list(YELLOW), list(BLUE), [0, 0, 0]]]
-
-
-def test_colours_of_many_classes():
-    """Also with the largest number of classes, 255, ignored pixels are black."""
-    classes = data.plain_classes(tuple(str(i) for i in range(255)))
-    picture = pictures.colour_labels(np.arange(256)[None], classes)
-    assert [tuple(colour) for colour in picture[0].tolist()] == [*classes.palette, (0, 0, 0)]
-
+# ------------------------------------------------------------------------------------------------
+# Sizes and colours
 
 def test_to_uint8():
     """0 and 1 become 0 and 255, values between are rounded, values outside clipped."""
     image = torch.tensor([[[0.0, 1.0]], [[0.5, 1.7]], [[-0.3, 100.6 / 255]]])
-    assert pictures.to_uint8(image).tolist() == [[[0, 128, 0], [255, 255, 101]]]
-    assert pictures.to_uint8(image.bfloat16()).shape == (1, 2, 3)
+    assert draw.to_uint8(image).tolist() == [[[0, 128, 0], [255, 255, 101]]]
+    assert draw.to_uint8(image.bfloat16()).shape == (1, 2, 3)
 
 
 @pytest.mark.parametrize("height, times", [(1, 192), (64, 3), (128, 2), (191, 2), (192, 1),
@@ -59,70 +34,111 @@ def test_to_uint8():
 def test_enlarge(height, times):
     """A picture lower than 192 pixels is enlarged by a whole number, pixels staying sharp."""
     image = np.arange(height * 6, dtype=np.int64).reshape(height, 2, 3).astype(np.uint8)
-    large = pictures.enlarge(image)
+    large = draw.enlarge(image)
     assert large.shape == (height * times, 2 * times, 3)
     assert np.array_equal(large[::times, ::times], image)
     assert np.array_equal(large[times - 1::times, times - 1::times], image)
 
 
-def test_legend_names_present_classes_only():
-    """The colours in the legend are those of the classes that occur in any of the maps."""
-    one = pictures.legend([np.array([[1, 255]])], CLASSES, 300)
-    assert colours(one) >= {GREEN} and not colours(one) & {RED, BLUE, YELLOW}
-    two = pictures.legend([np.array([[1, 255]]), np.array([[3, 3, 1]])], CLASSES, 300)
-    assert colours(two) >= {GREEN, YELLOW} and not colours(two) & {RED, BLUE}
-    none = pictures.legend([np.array([[255]])], CLASSES, 300)
-    assert colours(none) <= {(255, 255, 255)}
+@pytest.mark.parametrize("size, shown", [
+    ((200, 300), (200, 300)), ((96, 48), (384, 192)), ((4000, 3000), (1600, 1200)),
+    ((1, 1), (192, 192)), ((10, 1000), (16, 1600)), ((1, 9000), (1, 1600))])
+def test_look_size(size, shown):
+    """The shorter side is 192 or more unless the longer one would exceed 1600."""
+    assert draw.look_size(*size) == shown
 
+
+def test_ramp_blend_and_heat():
+    """Colours evenly spread over 0 to 1, clipped; half of each; the lowest blue, the highest red."""
+    values = np.array([[-1.0, 0.0, 0.25, 0.5, 1.0, 2.0]])
+    assert draw.ramp(values, ((0, 0, 0), (100, 0, 0), (100, 200, 0)))[0].tolist() == [
+        [0, 0, 0], [0, 0, 0], [50, 0, 0], [100, 0, 0], [100, 200, 0], [100, 200, 0]]
+    assert (draw.blend(plain(2, 2, 200), plain(2, 2, 100)) == 150).all()
+    assert (draw.blend(plain(2, 2, 200), plain(2, 2, 100), 1) == 100).all()
+    black = plain(1, 2, 0)
+    assert draw.lay_heat(black, np.array([[1.0, 3.0]]))[0].tolist() == [[0, 0, 65], [110, 0, 0]]
+    bounds = draw.lay_heat(black, np.array([[1.0, 3.0]]), 0.0, 1.0)
+    assert (bounds == [110, 0, 0]).all()
+    assert (draw.lay_heat(black, np.ones((1, 2))) == [0, 0, 65]).all()     # nothing stands out
+
+
+# ------------------------------------------------------------------------------------------------
+# Legends and sheets
 
 @pytest.mark.parametrize("width, rows", [(60, 4), (119, 4), (240, 2), (479, 2), (480, 1)])
 def test_legend_grows(width, rows):
     """As many columns as fit at 120 pixels each; the strip is as wide as the sheet."""
-    strip = pictures.legend([np.arange(4)], CLASSES, width)
-    assert strip.shape == (rows * pictures.TEXT_HEIGHT + 4, width, 3)
-    assert colours(strip) >= {RED, GREEN, BLUE, YELLOW}                    # none cut off
-    alone = pictures.legend([np.zeros(1, int)], CLASSES, width)
-    assert alone.shape == (pictures.TEXT_HEIGHT + 4, width, 3)
+    strip = draw.legend(ENTRIES, width)
+    assert strip.shape == (rows * draw.TEXT_HEIGHT + 4, width, 3)
+    assert colours(strip) >= {colour for _, colour in ENTRIES}             # none cut off
+    assert draw.legend(ENTRIES[:1], width).shape == (draw.TEXT_HEIGHT + 4, width, 3)
+    assert colours(draw.legend([], width)) == {(255, 255, 255)}
 
 
 def test_legend_text():
-    """Beside its colour each class has its name: another name gives another picture."""
-    renamed = data.plain_classes(("sea", *CLASSES.names[1:]), CLASSES.palette)
-    strips = [pictures.legend([np.arange(3)], classes, 360) for classes in (CLASSES, renamed)]
+    """Beside its colour each entry has its name: another name gives another picture."""
+    strips = [draw.legend([(name, RED), *ENTRIES[1:3]], 360) for name in ("sky", "sea")]
     differs = (strips[0] != strips[1]).any(axis=(0, 2)).nonzero()[0]
     assert len(differs) and 18 <= differs.min() and differs.max() < 120    # the first column's text
 
 
-def test_sheet_columns(tmp_path):
-    """Input, truth, prediction from left to right; one row per image; the legend below."""
-    image = torch.zeros(3, 96, 64)
-    image[:, :48] = 1                                                      # white above black
-    truth, prediction = torch.full((96, 64), 2), torch.full((96, 64), 3)
-    truth[:48], prediction[48:] = 255, 0
-    path = tmp_path / "new" / "folder" / "sheet.png"
-    pictures.save_seg_sheet(path, [(image, truth, prediction)] * 2, CLASSES)
-    sheet = read(path)
-    panel = 2 * 64
-    legend = pictures.legend([truth.numpy(), prediction.numpy()], CLASSES, 3 * panel)
-    assert sheet.shape == (HEADER + 2 * (192 + 4) + len(legend), 3 * panel, 3)
-    for top in (HEADER, HEADER + 196):
-        panels = [sheet[top:top + 192, i * panel:(i + 1) * panel] for i in range(3)]
-        upper, lower = ([colours(p[half]) for p in panels] for half in (slice(96), slice(96, 192)))
-        assert upper == [{(255, 255, 255)}, {(0, 0, 0)}, {YELLOW}]
-        assert lower == [{(0, 0, 0)}, {BLUE}, {RED}]
-    assert np.array_equal(sheet[-len(legend):], legend)
-    assert colours(sheet[:HEADER]) > {(255, 255, 255)}                     # the columns' titles
+def test_stacks(tmp_path):
+    """Rows under each other, small panels enlarged, white beside narrow rows, titles and footer."""
+    rows = [[plain(96, 50, RED), plain(96, 50, GREEN)], [plain(200, 30, BLUE)] * 2]
+    draw.save_stack(tmp_path / "new" / "s.png", rows, ("a", "b"), lambda w: plain(5, w, RED))
+    sheet = read_png(tmp_path / "new" / "s.png")
+    assert sheet.shape == (HEADER + 192 + 4 + 200 + 4 + 5, 200, 3)
+    assert colours(sheet[HEADER:HEADER + 192, :100]) == {RED}
+    assert colours(sheet[HEADER:HEADER + 192, 100:]) == {GREEN}
+    second = sheet[HEADER + 196:HEADER + 396]
+    assert colours(second[:, :60]) == {BLUE} and colours(second[:, 60:]) == {(255, 255, 255)}
+    assert colours(sheet[-5:]) == {RED} and len(colours(sheet[:HEADER])) > 1
 
 
-def test_sheet_of_different_sizes(tmp_path):
-    """Images of different sizes share a sheet; the input takes the size of its own labels."""
-    rows = [(torch.full((3, 20, 40), 0.2), torch.zeros(200, 300).long(), torch.ones(200, 300)
-             .long()), (torch.full((3, 192, 50), 0.8), np.zeros((192, 50), int),
-                        np.ones((192, 50), int))]
-    pictures.save_seg_sheet(tmp_path / "sheet.png", rows, CLASSES)
-    sheet = read(tmp_path / "sheet.png")
-    assert sheet.shape == (HEADER + 204 + 196 + pictures.TEXT_HEIGHT + 4, 900, 3)
-    first, second = sheet[HEADER:HEADER + 200], sheet[HEADER + 204:HEADER + 204 + 192]
-    assert [colours(first[:, i:i + 300]) for i in (0, 300, 600)] == [{(51, 51, 51)}, {RED}, {GREEN}]
-    assert [colours(second[:, i:i + 50]) for i in (0, 50, 100, 150)] == [
-        {(204, 204, 204)}, {RED}, {GREEN}, {(255, 255, 255)}]              # white beside the row
+def test_framed_pictures_and_grids(tmp_path):
+    """A narrow picture gets a footer of 360 pixels; cells of a grid share the largest one's size.
+    """
+    draw.save_framed(tmp_path / "f.png", plain(100, 40, RED), lambda w: plain(7, w, GREEN))
+    picture = read_png(tmp_path / "f.png")
+    assert picture.shape == (111, 360, 3) and colours(picture[:100, :40]) == {RED}
+    assert colours(picture[104:]) == {GREEN} and colours(picture[:100, 40:]) == {(255, 255, 255)}
+    draw.save_grid(tmp_path / "g.png", [("a", plain(30, 90, RED)), ("b", plain(50, 20, GREEN)),
+                                        ("c", plain(9, 9, BLUE))], 2)
+    grid, high, wide = read_png(tmp_path / "g.png"), 50 + draw.TEXT_HEIGHT + 6, 94
+    assert grid.shape == (2 * high, 2 * wide, 3)
+    top = draw.TEXT_HEIGHT + 2
+    assert colours(grid[top:top + 30, :90]) == {RED}
+    assert colours(grid[top:top + 50, wide:wide + 20]) == {GREEN}
+    assert colours(grid[high + top:high + top + 9, :9]) == {BLUE}
+
+
+# ------------------------------------------------------------------------------------------------
+# Bars
+
+@pytest.mark.parametrize("high, expected", [
+    (1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0.5, [0, 0.1, 0.2, 0.3, 0.4, 0.5]), (7, [0, 2, 4, 6]),
+    (13, [0, 5, 10]), (0.03, [0, 0.01, 0.02, 0.03])])
+def test_ticks(high, expected):
+    """Round numbers, three to six of them."""
+    assert draw.ticks(high) == expected
+
+
+def test_bars_are_as_long_as_the_means(tmp_path):
+    """From 0 to the mean, the baseline's dark; a row without values has none; text is drawn."""
+    table = [["variant", "what", "mean"], ["base", "all", "4.0"], ["less", "half", "2.0"],
+             ["none", "-", "n/a"]]
+    draw.save_table(tmp_path / "t.png", "Title", table, [[4.0], [1.0, 3.0], []], ["a note"])
+    picture = read_png(tmp_path / "t.png")
+    top = draw.MARGIN + 2 * draw.ROW
+    middles = [top + draw.ROW * i + draw.ROW // 2 - 8 for i in range(3)]
+    dark, blue = ((picture == colour).all(axis=2) for colour in (draw.DARK, draw.BLUE))
+    long, short = dark[middles[0]].sum(), blue[middles[1]].sum()
+    assert long == pytest.approx(draw.BAR / 1.05, abs=4) and short == pytest.approx(long / 2, abs=3)
+    assert not blue[middles[2]].any() and dark[middles[2]].sum() <= 1      # the baseline's line
+    draw.save_table(tmp_path / "u.png", "Title", table, [[], [], []], [])  # nothing to draw yet
+
+
+def test_fit_keeps_what_fits():
+    """A picture of the size asked for is handed back; others are resized."""
+    picture = noise(20, 30)
+    assert draw.fit(picture, 20, 30) is picture and draw.fit(picture, 7, 9).shape == (7, 9, 3)

@@ -1,233 +1,45 @@
-"""Evaluation of whole sets: the counts behind mIoU, COCO results of people, and the command.
+"""Evaluation, the command: which model, which protocol, which files, and what is refused.
 
-Proven here: metrics against figures that mmsegmentation printed (tests/golden/seg.json); the
-metrics of whole data sets whose answer is known; what is drawn; how bad flags are refused.
-
-    python -m pytest tests/test_eval.py
+    pytest tests/test_eval.py
 """
 import json
-import math
-import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from helpers import command, noise, read_png, refused, save_image, write_run
 from PIL import Image
-from torch import nn
 
-import data
-from ops import errors
 import eval as evaluation
-from ops import oks
-from ops import udp as pose
-from sets import coco as pose_data
-import predict
+from model import MetaPromptModel
 from ops.errors import InputError
-from model import Config, MetaPromptModel
-from unet import UNetConfig
-from vae import VAEConfig
-from predict import PoseProtocol, Protocol
+from ops.settings import comments
+from sets.embedded import COLOURS
+from sets.files import load_label
+from tasks.flags import show
+from tasks.recipes import RECIPES, read_recipe
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "seg.json").read_text())
-
-
-# ------------------------------------------------------------------------------------------------
-# Metrics
-
-def golden_counts():
-    """Confusion counts of each image of the golden example."""
-    case = GOLDEN["miou"]
-    return [evaluation.confusion(torch.tensor(p), torch.tensor(t), case["num_classes"])
-            for p, t in zip(case["pred"], case["gt"])]
+MADE = {"seg": ("labels", "overlay"), "depth": ("depth", "depth_colour"), "pose": ("people",)}
+CPU = ("--device", "cpu", "--precision", "float32", "--workers", 0)
 
 
-def test_golden_metrics():
-    """IoU, accuracy and their means are mmsegmentation's, absent classes included."""
-    metrics, case = evaluation.seg_metrics(sum(golden_counts())), GOLDEN["miou"]
-    for key in ("mIoU", "mAcc", "aAcc"):
-        assert metrics[key] == pytest.approx(case[key], abs=1e-6)
-    for key in ("IoU", "Acc"):
-        expected = [math.nan if value is None else value for value in case[key]]
-        assert metrics[key] == pytest.approx(expected, abs=1e-6, nan_ok=True)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run folder per task: untrained tiny models on the embedded scenes."""
+    folder = tmp_path_factory.mktemp("runs")
+    for task in MADE:
+        write_run(task, folder / task)
+    return folder
 
 
-def test_counts_add_up():
-    """Counts summed over images are those of the whole set; mIoU is not the mean over images."""
-    case, counts = GOLDEN["miou"], golden_counts()
-    whole = evaluation.confusion(torch.tensor(case["pred"]), torch.tensor(case["gt"]), 5)
-    assert torch.equal(sum(counts), whole)
-    assert whole.sum() == sum(value != 255 for image in case["gt"] for row in image
-                              for value in row)
-    means = [evaluation.seg_metrics(c)["mIoU"] for c in counts]
-    assert sum(means) / 2 != pytest.approx(case["mIoU"], abs=1e-3)
-
-
-def test_confusion_layout():
-    """Row = truth, column = prediction; what is predicted on ignored pixels does not matter."""
-    truth, prediction = torch.tensor([[0, 0, 1, 255, 255]]), torch.tensor([[0, 2, 2, 0, 1]])
-    assert evaluation.confusion(prediction, truth, 3).tolist() == [[1, 0, 1], [0, 0, 1], [0, 0, 0]]
-
-
-def test_absent_classes():
-    """Predicted but nowhere true: IoU 0, counts in mIoU. Neither: nan, left out of both means."""
-    metrics = evaluation.seg_metrics(torch.tensor([[6, 0, 2, 0], [0, 2, 0, 0],
-                                                   [0, 0, 0, 0], [0, 0, 0, 0]]))
-    assert metrics["IoU"] == pytest.approx([0.75, 1.0, 0.0, math.nan], nan_ok=True)
-    assert metrics["Acc"] == pytest.approx([0.75, 1.0, math.nan, math.nan], nan_ok=True)
-    assert metrics["mIoU"] == pytest.approx(1.75 / 3)
-    assert (metrics["mAcc"], metrics["aAcc"]) == (pytest.approx(0.875), pytest.approx(0.8))
+def asked(monkeypatch, *words):
+    """Run eval.py's main with these words, on the CPU."""
+    command(evaluation.main, monkeypatch, *words, *CPU)
 
 
 # ------------------------------------------------------------------------------------------------
-# A whole set
-
-COLOURS = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
-
-
-class ByColour(nn.Module):
-    """A segmentation model that is right wherever colour tells the class; `only`: says just one."""
-
-    def __init__(self, only=None):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(50.0))
-        self.only, self.modes, self.batches = only, set(), []
-        self.config = Config(num_classes=4)
-
-    def forward(self, images):
-        self.modes.add(self.training)
-        self.batches.append(images.shape)
-        distances = (images[:, None] - COLOURS[:, :, None, None]).abs().sum(dim=2)
-        if self.only is not None:
-            distances = torch.ones_like(distances)
-            distances[:, self.only] = 0
-        return -self.scale * distances
-
-
-class Painted:
-    """A data set whose images show the label in the colours above, ignored pixels in grey."""
-
-    classes = data.plain_classes(("black", "red", "green", "blue"))
-
-    def __init__(self, sizes, ignored=True):
-        g = torch.Generator().manual_seed(0)
-        self.samples = []
-        for size in sizes:
-            target = torch.randint(0, 3, size, generator=g)                # blue never occurs
-            image = COLOURS[target].permute(2, 0, 1).clone()
-            if ignored:
-                hidden = torch.rand(size, generator=g) < 0.2
-                target[hidden], image[:, hidden] = 255, 0.5
-            self.samples.append({"image": image, "target": target, "name": str(size)})
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, key):
-        return self.samples[key[1]]
-
-
-MIXED = [(30, 20), (16, 40), (9, 9)]
-
-
-@pytest.mark.parametrize("protocol", [Protocol(None, None, None), Protocol(None, 16, 11)])
-def test_perfect_model(protocol):
-    """A model that is always right gets 1 everywhere, nan for the class that never occurs."""
-    metrics = evaluation.evaluate_seg(ByColour(), Painted(MIXED), protocol, torch.float32)
-    assert (metrics["mIoU"], metrics["mAcc"], metrics["aAcc"]) == (1, 1, 1)
-    assert metrics["IoU"] == pytest.approx([1, 1, 1, math.nan], nan_ok=True)
-
-
-def test_one_answer_model():
-    """A model that says one class everywhere gets that class's share of all valid pixels."""
-    dataset = Painted(MIXED)
-    metrics = evaluation.evaluate_seg(ByColour(only=1), dataset, Protocol(None, None, None),
-                                      torch.float32)
-    targets = torch.cat([sample["target"].flatten() for sample in dataset.samples])
-    share = ((targets == 1).sum() / (targets != 255).sum()).item()
-    assert metrics["IoU"] == pytest.approx([0, share, 0, math.nan], nan_ok=True)
-    assert metrics["aAcc"] == pytest.approx(share)
-    assert metrics["mAcc"] == pytest.approx(1 / 3)
-
-
-def test_prediction_at_label_size():
-    """Metrics are computed at the label's own size, whatever the image's."""
-    dataset = Painted([(40, 60)], ignored=False)
-    target = torch.zeros(40, 60, dtype=torch.long)
-    target[:, 30:] = 1
-    small = COLOURS[target].permute(2, 0, 1)[:, ::2, ::2].contiguous()
-    dataset.samples = [{"image": small, "target": target, "name": "half"}]
-    metrics = evaluation.evaluate_seg(ByColour(), dataset, Protocol(None, None, None),
-                                      torch.float32)
-    assert metrics["aAcc"] == 1
-
-
-@pytest.mark.parametrize("batch", [2, 4, 8])
-def test_batches_change_nothing(batch):
-    """Several images at once give the metrics of one at a time, the last batch being smaller."""
-    dataset = Painted([(12, 14)] * 5)
-    for sample in dataset.samples[:3]:
-        sample["image"] = sample["image"].roll(3, dims=2)                  # so that errors occur
-    results, model = [], ByColour()
-    for n in (1, batch):
-        results.append(evaluation.evaluate_seg(model, dataset, Protocol(None, None, None, batch=n),
-                                               torch.float32))
-    assert 0 < results[0]["mIoU"] < 1
-    assert str(results[0]) == str(results[1])                              # nan != nan
-    assert model.batches[5][0] == min(batch, 5)
-
-
-def test_prediction_keeps_no_graph():
-    """Predicting records nothing for a backward pass, which whole images have no memory for."""
-    probs = predict.predict_seg(ByColour(), torch.zeros(1, 3, 8, 8), (8, 8),
-                                   Protocol(None, None, None), torch.float32)
-    assert not probs.requires_grad
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_training_mode_is_restored(training):
-    """The model predicts in evaluation mode and is given back in the mode it came in."""
-    model = ByColour().train(training)
-    evaluation.evaluate(model, Painted([(8, 8)]), Protocol(None, None, None), torch.float32)
-    assert model.modes == {False}
-    assert model.training == training
-
-
-@pytest.mark.parametrize("bars", [True, False])
-@pytest.mark.parametrize("length, batch, drawn", [
-    (3, 1, [0, 1, 2]), (8, 3, range(8)), (15, 1, [0, 1, 3, 5, 7, 9, 11, 13]),
-    (40, 16, range(0, 40, 5))])
-def test_drawn_images_are_spread(tmp_path, length, batch, drawn, bars):
-    """The sheet shows up to 8 images from all over the set, progress bars on or off."""
-    dataset = Painted([(8, 8)] * length)
-    for i, sample in enumerate(dataset.samples):
-        sample["image"] = torch.full((3, 8, 8), (5 * i + 2) / 255)         # its number as grey
-    (enable_progress_bars if bars else disable_progress_bars)()
-    try:
-        evaluation.evaluate_seg(ByColour(), dataset, Protocol(None, None, None, batch=batch),
-                                torch.float32, sheet=tmp_path / "out" / "sheet.png")
-    finally:
-        enable_progress_bars()
-    with Image.open(tmp_path / "out" / "sheet.png") as image:
-        sheet = np.asarray(image)
-    greys = [sheet[y, 10].tolist() for y in range(18 + 96, len(sheet) - 96, 192 + 4)]
-    assert greys == [[5 * i + 2] * 3 for i in drawn]
-
-
-def test_print_table(capsys):
-    """Percent with two decimals, a line per class, n/a for what is undefined, means last."""
-    evaluation.print_table({"IoU": [0.5, math.nan], "Acc": [1.0, math.nan], "mIoU": 0.5,
-                            "mAcc": 0.12345, "aAcc": math.nan}, ("red car", "sky"))
-    head, car, sky, means = capsys.readouterr().out.splitlines()
-    assert head.split() == ["class", "IoU", "Acc"]
-    assert car == "red car  50.00  100.00"
-    assert sky.split() == ["sky", "n/a", "n/a"]
-    assert means.split() == ["mIoU", "50.00", "mAcc", "12.35", "aAcc", "n/a"]
-
-
-# ------------------------------------------------------------------------------------------------
-# The command
+# Which model, which settings
 
 def test_find_checkpoint(tmp_path):
     """RUN/best, else RUN/last, else RUN itself; else an error that says what was looked for."""
@@ -241,112 +53,300 @@ def test_find_checkpoint(tmp_path):
     assert evaluation.find_checkpoint(str(tmp_path / "last")) == tmp_path / "last"
 
 
-def test_recipe_of(tmp_path):
-    """The recipe lies beside the checkpoint's folder; a model without a run has none."""
-    assert evaluation.recipe_of(tmp_path / "best") == {}
-    (tmp_path / "recipe.json").write_text('{"dataset": "folder"}')
-    assert evaluation.recipe_of(tmp_path / "best") == {"dataset": "folder"}
+def test_recipe_of(runs, tmp_path):
+    """The run's own; the row of another data set, or of a model without a run; for pictures alone
+    that of a user's folder.
+    """
+    best = runs / "seg" / "best"
+    model = MetaPromptModel.from_pretrained(best).config
+    for dataset in (None, "shapes"):
+        assert evaluation.recipe_of(best, model, Namespace(dataset=dataset, image=None)) == \
+            read_recipe(runs / "seg" / "recipe.json")
+    for folder, dataset, image, row in ((best, "ade20k", None, "ade20k"),
+                                        (tmp_path / "m", "mapillary", None, "mapillary"),
+                                        (tmp_path / "m", None, "x.jpg", "folder")):
+        found = evaluation.recipe_of(folder, model, Namespace(dataset=dataset, image=image))
+        assert found == RECIPES["seg", row]
+    with pytest.raises(InputError, match="m is not part of a run.*: give --dataset"):
+        evaluation.recipe_of(tmp_path / "m", model, Namespace(dataset=None, image=None))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run folder as train.py leaves it: an untrained tiny model on the embedded scenes."""
-    folder = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    config = Config(num_prompts=6, refine_steps=2, num_classes=7, head_channels=16,
-                    unet=UNetConfig((32, 32, 32, 32), num_heads=2, context_dim=32),
-                    vae=VAEConfig((32, 32, 32, 32)))
-    MetaPromptModel(config).save_pretrained(folder / "best")
-    recipe = {"dataset": "shapes", "crop": 64, "val_scenes": 3}
-    (folder / "recipe.json").write_text(json.dumps(recipe))
-    return folder
+@pytest.mark.parametrize("key", RECIPES, ids="-".join)
+def test_protocols_in_words(key):
+    """A line per field: its name, its value and what it means."""
+    protocol = RECIPES[key].protocol
+    head, *lines = evaluation.in_words(RECIPES[key]).splitlines()
+    assert head == f"{key[0]} on {key[1]}"
+    for line, (name, value) in zip(lines, vars(protocol).items(), strict=True):
+        fields, why = line.split("  # ")
+        assert fields.strip().split(maxsplit=1) == [name, show(value)]
+        assert len(why) > 5 and why == comments(type(protocol))[name]
 
 
-def command(monkeypatch, *arguments):
-    """Run eval.py's main with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
-    evaluation.main()
-
-
-def test_command(run, monkeypatch, capsys):
-    """The command says what it will do, prints the table, and writes metrics and pictures."""
-    command(monkeypatch, "--checkpoint", run, "--workers", 0, "--device", "cpu")
+def test_the_protocol_is_said_and_nothing_done(runs, monkeypatch, capsys):
+    """--protocol prints what would be done, flags and the other data set's row included."""
+    asked(monkeypatch, "--checkpoint", runs / "seg", "--protocol", "--tta", "--dataset", "ade20k",
+          "--stride", 300)
     out = capsys.readouterr().out
-    assert f"model      {run / 'best'}" in out and "3 scenes of 64x64" in out and "mIoU" in out
-    report = json.loads((run / "eval" / "metrics.json").read_text())
-    assert report["dataset"] == "shapes" and report["images"] == 3
-    assert len(report["IoU"]) == 7 and 0 <= report["mIoU"] <= 1
-    with Image.open(run / "eval" / "pictures.png") as image:
-        assert image.width == 3 * 192
+    words = {line.split()[0]: line.split("  #")[0].split()[1:] for line in out.splitlines()}
+    assert words["scale"] == ["2048", "512"] and words["window"] == ["512"]
+    assert words["stride"] == ["300"] and words["flip"] == ["True"]
+    assert words["ratios"] == "0.5 0.75 1.0 1.25 1.5 1.75 2.0".split()
+    assert "model  " not in out and not (runs / "seg" / "eval").exists()
 
 
-def test_command_refuses(run, monkeypatch, tmp_path):
-    """An unknown data set, or one with another number of classes, is an InputError."""
-    with pytest.raises(InputError, match="--dataset coco is unknown for seg: choose from shapes"):
-        command(monkeypatch, "--checkpoint", run, "--dataset", "coco")
-    (tmp_path / "classes.txt").write_text("a\nb\n")
-    for kind in ("images", "labels"):
-        (tmp_path / kind / "val").mkdir(parents=True)
-        Image.new("L", (64, 64)).save(tmp_path / kind / "val" / "x.png")
-    with pytest.raises(InputError, match="predicts 7 classes, the data set folder has 2"):
-        command(monkeypatch, "--checkpoint", run, "--dataset", "folder", "--data", tmp_path)
+def test_help_shows_the_runs_values(runs, monkeypatch, capsys):
+    """Of the flags of its protocol and its data set; none of training, with --image none of data.
+    """
+    monkeypatch.setenv("COLUMNS", "300")
+    shown = []
+    for words in ([], ["--image", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            asked(monkeypatch, "--checkpoint", runs / "seg", *words, "--help")
+        assert stop.value.code == 0
+        shown.append(capsys.readouterr().out)
+    assert "to validate on [2]" in shown[0] and "twice the crop [128]" in shown[0]
+    assert "--lr" not in shown[0] and "--val-scenes" not in shown[1] and "--window" in shown[1]
 
 
 # ------------------------------------------------------------------------------------------------
-# Pose
+# A labelled set
 
-class TrueHeatmaps(nn.Module):
-    """A pose model that knows the answers: the heatmaps of a set's people, one after the other."""
-
-    def __init__(self, dataset, size):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.config, self.dataset, self.size, self.next = Config(task="pose", sigma=2.0), dataset, \
-            size, 0
-
-    def forward(self, images):
-        places = range(self.next, self.next + len(images))
-        self.next += len(images)
-        joints = torch.stack([self.dataset[0, i]["target"] for i in places])
-        return pose.heatmap_targets(joints, images.shape[-2:], self.size, 2.0)[0]
-
-
-def test_a_model_that_knows_the_heatmaps_has_ap_1(tmp_path):
-    """Boxes, crops, targets, decoding, scores and COCO's statistics agree: AP, AR, PCK are 1."""
-    dataset = pose_data.ShapesPose(6, training=False, crop=(256, 192), size=160)
-    model = TrueHeatmaps(dataset, (64, 48))
-    metrics = evaluation.evaluate_pose(model, dataset, PoseProtocol(flip=False, batch=4),
-                                       torch.float32, export=tmp_path, sheet=tmp_path / "a.png")
-    assert metrics["AP"] > 0.999 and metrics["AR"] > 0.999 and metrics["PCK"] == 1
-    results = oks.read_results(tmp_path / "keypoints.json")
-    assert oks.evaluate(dataset.annotations, results)["AP"] == metrics["AP"]
-    assert np.asarray(Image.open(tmp_path / "a.png")).std() > 10
+@pytest.mark.parametrize("task, metric, width", [("seg", "mIoU", 3 * 192), ("depth", "rmse", 768),
+                                                 ("pose", "AP", 3 * 384)])
+def test_a_set_is_evaluated(runs, tmp_path, monkeypatch, capsys, task, metric, width):
+    """Says what it will do, prints the metrics, writes them and pictures; poses as COCO results."""
+    asked(monkeypatch, "--checkpoint", runs / task, "--out", tmp_path / "o")
+    out = capsys.readouterr().out
+    assert f"model      {runs / task / 'best'}" in out and "2 scenes" in out
+    assert metric in out and f"wrote {tmp_path / 'o' / 'metrics.json'}" in out
+    report = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert report["dataset"] == "shapes" and metric in report and report["images"] >= 2
+    assert report["protocol"] == json.loads(json.dumps(vars(
+        read_recipe(runs / task / "recipe.json").protocol)))
+    assert read_png(tmp_path / "o" / "pictures.png").shape[1] == width
+    assert (tmp_path / "o" / "keypoints.json").is_file() == (task == "pose")
 
 
-def test_results_are_per_image_without_near_copies():
-    """Two boxes on one person give one result, the better; images don't compete."""
-    joints = np.random.default_rng(0).uniform(0, 100, (4, 17, 3))
-    joints[1] = joints[2] = joints[0]
-    joints[..., 2] = np.array([0.5, 0.9, 0.4, 0.8])[:, None]
-    columns = [np.arange(4), np.array([7, 7, 9, 7]), np.array([1, 1, 1, 0.5]), joints,
-               np.full(4, 1e4)]
-    results = evaluation.coco_results(columns, 0.9)
-    scores = [(r["image_id"], round(r["score"], 6)) for r in results]
-    assert scores == [(7, 0.9), (7, 0.4), (9, 0.4)]
-    assert all(len(r["keypoints"]) == 51 and "bbox" not in r for r in results)
+def test_default_places_of_results():
+    """RUN/eval, with boxes one per file of boxes; of pictures RUN/predictions."""
+    def place(**given):
+        args = Namespace(**{"checkpoint": "r", "image": None, "boxes": None, "out": None, **given})
+        return str(evaluation.default_out(args, RECIPES["pose", "coco"], Path("r/best")))
+
+    assert (place(), place(boxes="d/a.json")) == ("r/eval", "r/eval-a")
+    assert (place(image="x"), place(out="o")) == ("r/predictions", "o")
+    assert place(checkpoint=None) == "runs/official-coco"
+
+
+def test_a_set_with_tta_and_flags(runs, monkeypatch, tmp_path):
+    """Evaluation reports the 14 passes, and what flags changed, in its protocol."""
+    asked(monkeypatch, "--checkpoint", runs / "seg", "--tta", "--at-once", 1, "--val-scenes", 1,
+          "--out", tmp_path)
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert report["protocol"]["ratios"] == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
+    assert report["protocol"]["flip"] and report["protocol"]["at_once"] == 1
+    assert report["images"] == 1
+
+
+def test_reports_are_strict_json(tmp_path):
+    """nan, which JSON does not know, becomes null, in lists too."""
+    evaluation.write_report(tmp_path / "new" / "m.json", {"a": float("nan"), "b": [1.5, np.nan]})
+    assert json.loads((tmp_path / "new" / "m.json").read_text(), parse_constant=pytest.fail) == {
+        "a": None, "b": [1.5, None]}
+    assert evaluation.summary({"AP": 0.5, "AR": -1.0, "IoU": [1.0]}) == "AP 0.5000  AR n/a"
+
+
+# ------------------------------------------------------------------------------------------------
+# Your own pictures
+
+def test_find_images(tmp_path):
+    """Subfolders too, sorted, other files left out, and so are results of an earlier run inside."""
+    for name in ("b/x.PNG", "a.jpg", "out/a_overlay.png", "note.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    root, files = evaluation.find_images(str(tmp_path), tmp_path / "out")
+    assert root == tmp_path and files == [Path("a.jpg"), Path("b/x.PNG")]
+    assert evaluation.find_images(str(tmp_path / "b"), tmp_path)[1] == [Path("x.PNG")]
+    assert evaluation.find_images(str(tmp_path / "a.jpg"), tmp_path) == (tmp_path, [Path("a.jpg")])
+    (tmp_path / "out" / "a_overlay.png").unlink()
+    with pytest.raises(InputError, match="out holds no image .*.jpg"):
+        evaluation.find_images(str(tmp_path / "out"), tmp_path / "other")
+
+
+@pytest.mark.parametrize("files, names", [
+    (["a/x.png", "b/x.jpg"], ["a/x", "b/x"]),
+    (["x.jpg", "x.png", "y.png"], ["x.jpg", "x.png", "y"]),
+    (["x.jpg", "x.png", "x.png.jpg"], ["x.jpg", "x.png", "x.png.jpg"])])
+def test_output_names_are_unique(files, names):
+    """Relative paths are kept; the suffix stays where two files would share a name."""
+    assert evaluation.output_names([Path(f) for f in files]) == [Path(n) for n in names]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with a portrait, a landscape, a tiny, a 16-bit and a broken file; names collide."""
+    folder = tmp_path_factory.mktemp("photos")
+    save_image(folder / "a" / "x.png", noise(150, 90))
+    save_image(folder / "b" / "x.jpg", noise(70, 200))
+    save_image(folder / "b" / "x.png", noise(12, 20))
+    save_image(folder / "deep.png", np.arange(80 * 70, dtype=np.uint16).reshape(80, 70) * 11)
+    (folder / "broken.png").write_text("junk")
+    return folder
+
+
+SIZES = {"a/x": (150, 90), "b/x.jpg": (70, 200), "b/x.png": (12, 20), "deep": (80, 70)}
+
+
+@pytest.mark.parametrize("task", MADE)
+def test_a_folder(runs, photos, tmp_path, monkeypatch, capsys, task):
+    """Every readable image gets its files, of its own size, under its own name; the rest is told.
+
+    A file alone gives the very bytes that it gives among others.
+    """
+    everything, alone = tmp_path / "all", tmp_path / "one"
+    asked(monkeypatch, "--checkpoint", runs / task, "--image", photos, "--out", everything)
+    out = capsys.readouterr().out
+    assert "images     5 in" in out and "images/s; 1 skipped" in out and "4 images in" in out
+    assert f"skipped    {photos / 'broken.png'} cannot be decoded" in out
+    files = {str(p.relative_to(everything)) for p in everything.rglob("*") if p.is_file()}
+    wanted = {f"{name}_{kind}.png" for name in SIZES for kind in MADE[task]}
+    assert files == wanted | ({"keypoints.json"} if task == "pose" else set())
+    asked(monkeypatch, "--checkpoint", runs / task, "--image", photos / "a" / "x.png", "--out",
+          alone)
+    for kind in MADE[task]:
+        assert ((alone / f"x_{kind}.png").read_bytes()
+                == (everything / "a" / f"x_{kind}.png").read_bytes())
+    if task == "pose":
+        people = json.loads((everything / "keypoints.json").read_text())
+        person, = json.loads((alone / "keypoints.json").read_text())
+        assert [p["file_name"] for p in people] == ["a/x.png", "b/x.jpg", "b/x.png", "deep.png"]
+        assert {**people[0], "file_name": "x.png"} == person and len(person["keypoints"]) == 51
+    else:
+        for name, size in SIZES.items():
+            assert read_png(everything / f"{name}_{MADE[task][0]}.png").shape == size
+
+
+def test_label_files_have_the_palette(runs, photos, tmp_path, monkeypatch):
+    """Pixels are class numbers, coloured as in pictures."""
+    asked(monkeypatch, "--checkpoint", runs / "seg", "--image", photos / "a" / "x.png", "--out",
+          tmp_path)
+    labels = load_label(tmp_path / "x_labels.png")
+    with Image.open(tmp_path / "x_labels.png") as image:
+        colours = np.array(image.convert("RGB"))
+    assert labels.max() < 7 and np.array_equal(colours, np.array(COLOURS, np.uint8)[labels])
+
+
+def test_the_model_gets_at_most_max_side_pixels(runs, photos, tmp_path, monkeypatch):
+    """By default twice the run's crop; results have the image's size all the same."""
+    shapes, forward = [], MetaPromptModel.forward
+
+    def noting(model, images, *target):
+        shapes.append(tuple(images.shape[-2:]))
+        return forward(model, images, *target)
+
+    monkeypatch.setattr(MetaPromptModel, "forward", noting)
+    for words in ([], ["--max-side", 100]):
+        asked(monkeypatch, "--checkpoint", runs / "depth", "--image", photos / "a" / "x.png",
+              "--out", tmp_path, *words)
+    assert shapes == [(128, 77)] * 2 + [(100, 64)] * 2
+    assert read_png(tmp_path / "x_depth.png").shape == (150, 90)
+
+
+def test_boxes_through_the_command(runs, photos, tmp_path, monkeypatch):
+    """People are looked for in the boxes; an image without boxes has nobody and is still drawn."""
+    (tmp_path / "boxes.json").write_text(json.dumps(
+        {"b/x.jpg": [[10, 10, 50, 50], [100, 5, 60, 60]]}))
+    asked(monkeypatch, "--checkpoint", runs / "pose", "--image", photos, "--out", tmp_path / "o",
+          "--boxes", tmp_path / "boxes.json")
+    found = json.loads((tmp_path / "o" / "keypoints.json").read_text())
+    assert sorted(p["bbox"] for p in found) == [[10, 10, 50, 50], [100, 5, 60, 60]]
+    assert {p["file_name"] for p in found} == {"b/x.jpg"}
+    assert (tmp_path / "o" / "deep_people.png").is_file()
+
+
+def test_a_model_without_a_run_predicts_pictures(runs, photos, tmp_path, monkeypatch, capsys):
+    """Saved by --save, it is used as one of a user's folder; results lie beside it."""
+    model = tmp_path / "saved" / "model"
+    asked(monkeypatch, "--checkpoint", runs / "depth", "--image", photos / "deep.png", "--out",
+          tmp_path / "o", "--save", model)
+    asked(monkeypatch, "--checkpoint", model, "--image", photos / "deep.png")
+    assert "metres = value / 256" in capsys.readouterr().out
+    beside = tmp_path / "saved" / "predictions" / "deep_depth.png"
+    assert beside.read_bytes() == (tmp_path / "o" / "deep_depth.png").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------
+# Refused
+
+@pytest.mark.parametrize("task, flags, message", [
+    ("seg", ["--image", "nowhere"], "--image nowhere does not exist"),
+    ("seg", ["--image", "EMPTY"], "holds no image"),
+    ("seg", ["--image", "BAD"], "broken.png cannot be decoded"),
+    ("seg", ["--image", "BADS"], "none of the 2 images can be read: .*a.png cannot"),
+    ("seg", ["--image", "GOOD", "--out", "BAD"], "is a file: a folder is needed"),
+    ("seg", ["--image", "EMPTY", "--out", "EMPTY"], "is the folder of the images"),
+    ("seg", ["--image", "GOOD", "--max-side", "63"], "--max-side 63: 64 pixels or more"),
+    ("seg", ["--max-side", "128"], "--max-side is about your own pictures"),
+    ("seg", ["--image", "GOOD", "--export", "x"], "--export is about a labelled data set"),
+    ("seg", ["--image", "GOOD", "--boxes", "x"], "--boxes is for pose: the model's task is seg"),
+    ("depth", ["--image", "GOOD", "--boxes", "x"], "--boxes is for pose: the model's task is d"),
+    ("seg", ["--boxes", "x"], "--boxes x: seg on shapes takes none"),
+    ("seg", ["--image", "GOOD", "--dataset", "ade20k"], "predicts 7 classes.*ade20k has 150"),
+    ("seg", ["--image", "GOOD", "--val-scenes", "1"], "--val-scenes is no flag of this command"),
+    ("seg", ["--lr", "1"], "--lr is no flag of this command"),
+    ("seg", ["--nms", "0.5"], "--nms is no setting of seg on shapes; it is one of pose on shapes"),
+    ("seg", ["--stride", "32"], "--stride would do nothing: the recipe has no --window"),
+    ("seg", ["--window", "64"], "--window 64 needs a --stride"),
+    ("seg", ["--task", "depth"], "--task depth: the model's task is seg"),
+    ("seg", ["--dataset", "coco"], "coco is unknown for seg: choose from shapes"),
+    ("seg", ["--dataset", "ade20k"], "--data is missing"),
+    ("depth", ["--image", "GOOD", "--tta"], "--tta is for segmentation"),
+    ("depth", ["--flip", "3"], "3 stands alone"),
+    ("pose", ["--image", "GOOD", "--max-side", "128"], "--max-side is no setting of pose"),
+    ("pose", ["--image", "GOOD", "--boxes", "JSON"], "no box for any of the 1 images")])
+def test_what_is_refused(runs, photos, tmp_path, monkeypatch, task, flags, message):
+    """One line that names the flag or file, before any prediction."""
+    for folder in ("empty", "bads"):
+        (tmp_path / folder).mkdir()
+    for name in ("a.png", "b.jpg"):
+        (tmp_path / "bads" / name).write_text("junk")
+    (tmp_path / "boxes.json").write_text(json.dumps({"other.png": [[1, 2, 3, 4]]}))
+    places = {"EMPTY": tmp_path / "empty", "BAD": photos / "broken.png", "BADS": tmp_path / "bads",
+              "GOOD": photos / "deep.png", "JSON": tmp_path / "boxes.json"}
+    monkeypatch.chdir(tmp_path)
+    if "--out" not in flags:
+        flags = [*flags, "--out", "here"]
+    with pytest.raises(InputError, match=message) as error:
+        asked(monkeypatch, "--checkpoint", runs / task, *(places.get(f, f) for f in flags))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--official", "x.pth"], "needs --task and --dataset"),
+    ([], "give --checkpoint RUN, or --official FILE with --task and --dataset"),
+    (["--official", "x.pth"], "give --checkpoint RUN, or --official FILE with --task"),
     (["--official", "x.pth", "--task", "depth", "--dataset", "nyu"], "x.pth does not exist"),
     (["--official", "x.pth", "--task", "flow", "--dataset", "nyu"], "flow is unknown"),
     (["--official", "x.pth", "--task", "depth", "--dataset", "ade20k"], "unknown for depth"),
     (["--checkpoint", "nowhere"], "neither it nor its best/")])
-def test_bad_commands_are_refused_in_one_line(monkeypatch, capsys, tmp_path, flags, message):
+def test_commands_without_a_model_are_refused_in_one_line(monkeypatch, capsys, tmp_path, flags,
+                                                          message):
     """Exit code 2 and one line."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["eval.py", *flags])
-    with pytest.raises(SystemExit) as stop:
-        errors.run_command(evaluation.main)
-    stderr = capsys.readouterr().err
-    assert stop.value.code == 2 and stderr.count("\n") == 1 and message in stderr
+    code, stderr = refused(evaluation.main, monkeypatch, capsys, *flags)
+    assert code == 2 and stderr.count("\n") == 1 and message in stderr
+
+
+def test_two_models_are_refused():
+    """--official and --checkpoint each name one."""
+    with pytest.raises(InputError, match="name two models: give one"):
+        evaluation.check(Namespace(checkpoint="a", official="b", image=None))
+
+
+def test_a_set_of_other_classes_is_refused(runs, tmp_path, monkeypatch):
+    """The model must predict as many as the data set has."""
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    for kind in ("images", "labels"):
+        save_image(tmp_path / kind / "val" / "x.png", np.zeros((64, 64), np.uint8))
+    with pytest.raises(InputError, match="predicts 7 classes, the data set has 2"):
+        asked(monkeypatch, "--checkpoint", runs / "seg", "--dataset", "folder", "--data", tmp_path)

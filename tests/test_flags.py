@@ -177,6 +177,8 @@ BAD_FLAGS = [
     (["--schedule", "cosine"], "--schedule cosine: poly, two-phase or step"),
     (["--init", "full"], "--init full: auto or random"),
     (["--precision", "float16"], "--precision float16"),
+    (["--window", "64"], "--window 64 needs a --stride of 1 to 64 pixels: it is None"),
+    (["--window", "64", "--stride", "65"], "needs a --stride"),
     (["--out", ""], "--out is empty"),
     (["--lr"], "expected one argument"),
     (["--device", "gpu"], "--device gpu is unknown"),

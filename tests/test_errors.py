@@ -1,0 +1,50 @@
+"""Errors: one line on stderr and an exit code, for whatever a user can cause.
+
+    pytest tests/test_errors.py
+"""
+import pytest
+from helpers import refused
+
+from ops.errors import InputError, read_json, run_command
+
+
+def raising(error):
+    """A command that ends with this error."""
+    def command():
+        raise error
+    return command
+
+
+WRAPPED = ("Caught InputError in DataLoader worker process 0.\nOriginal Traceback:\n  File ...\n"
+           "ops.errors.InputError: a.png cannot be decoded\n")
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (InputError("--lr 0: too little"), 2, "error: --lr 0: too little\n"),
+    (InputError(WRAPPED), 2, "error: a.png cannot be decoded\n"),
+    (FloatingPointError("the loss is nan at step 7"), 1, "error: the loss is nan at step 7\n")])
+def test_one_line_and_an_exit_code(monkeypatch, capsys, error, code, line):
+    """2 for what the user gave, 1 for a loss that is not finite; a worker's traceback goes."""
+    assert refused(raising(error), monkeypatch, capsys) == (code, line)
+
+
+def test_other_errors_keep_their_traceback():
+    """A mistake of the program is no mistake of the user; without an error nothing happens."""
+    with pytest.raises(ZeroDivisionError):
+        run_command(raising(ZeroDivisionError()))
+    assert run_command(lambda: None) is None
+
+
+def test_json_files_that_cannot_be_read_are_named(tmp_path):
+    """Missing, broken, no text, too deep, a folder."""
+    texts = {"broken": b"{", "binary": b"\xff\xfe", "deep": b"[" * 100_000, "empty": b""}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(InputError, match=f"{name} is not valid JSON"):
+            read_json(tmp_path / name)
+    with pytest.raises(InputError, match="none does not exist"):
+        read_json(tmp_path / "none")
+    with pytest.raises(InputError, match="is not valid JSON"):
+        read_json(tmp_path)
+    (tmp_path / "good").write_text('{"a": [1, null]}')
+    assert read_json(tmp_path / "good") == {"a": [1, None]}
