@@ -1,5 +1,6 @@
 """The folder of a run: held by one process, and its log, metrics.jsonl."""
 import json
+from contextlib import suppress
 from pathlib import Path
 
 try:
@@ -39,8 +40,13 @@ class RunFolder:
             raise InputError(f"{self.run} is in use by another process that trains into it")
 
     def __exit__(self, *error) -> None:
-        if self.lock is not None:
-            self.lock.close()                            # also unlocks it
+        if self.lock is None:
+            return
+        if [path.name for path in self.run.iterdir()] == ["lock"]:  # nothing came of it
+            with suppress(OSError):                      # Windows keeps open files
+                (self.run / "lock").unlink()
+                self.run.rmdir()
+        self.lock.close()                                # also unlocks it
 
 
 def lock_file(file) -> bool:
@@ -79,7 +85,7 @@ class Log:
         self.path = path
         if parallel.rank() == 0 and path.is_file():
             kept = [record for record in read_log(path) if record["step"] <= step]
-            checkpoint.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict) -> None:
         """Append a record."""
