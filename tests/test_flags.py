@@ -109,7 +109,7 @@ def test_help_explains_every_flag_of_the_row_and_no_other(key, monkeypatch, caps
 # Refused
 
 @pytest.mark.parametrize("flags, message", [
-    (["--task", "seg", "--sigma", "3"], "--sigma is no setting of seg on shapes; it is one of pose"),
+    (["--sigma", "3"], "--sigma is no setting of seg on shapes; it is one of pose on shapes"),
     (["--boxes", "x.json"], "it is one of pose on folder, pose on coco"),
     (["--max-depth", "3"], "depth on shapes, depth on folder, depth on nyu, depth on kitti"),
     (["--task", "depth", "--no-augment"], "--no-augment is no setting of depth on shapes; it is"),
