@@ -21,6 +21,7 @@ the image's own size.  --boxes: see sets/coco.py; without it one person fills th
 """
 import json
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -134,6 +135,9 @@ def check(args) -> None:
     """InputError for flags that don't go together, before anything is computed."""
     if args.checkpoint and args.official:
         raise InputError("--official and --checkpoint name two models: give one")
+    for flag, folder in (("--out", args.out), ("--export", args.export), ("--save", args.save)):
+        if folder is not None:
+            check_folder(flag, folder)
     if args.image is None and hasattr(args, "max_side"):
         raise InputError("--max-side is about your own pictures: it needs --image")
     if args.image is None:
@@ -143,11 +147,24 @@ def check(args) -> None:
     out, source = Path(args.out or "."), Path(args.image).expanduser()
     if not source.exists():
         raise InputError(f"--image {source} does not exist: an image file or a folder of images")
-    if args.out and out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: a folder is needed")
     if args.out and source.is_dir() and out.resolve() == source.resolve():
         raise InputError(f"--out {out} is the folder of the images: the next run would take the "
                          "results for images")
+
+
+def check_folder(flag: str, folder: str) -> None:
+    """InputError unless a folder can be written: noticed before the work, not after it."""
+    if not folder:
+        raise InputError(f"{flag} is empty: leave it out, or give a folder")
+    new = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        for path in new:                                 # nothing is left of a refused command
+            path.rmdir()
+    except OSError as error:
+        raise InputError(f"{flag} {folder} can't be written: {error}") from None
 
 
 def settle(recipe: Recipe, args, config: Config) -> Recipe:
@@ -173,11 +190,16 @@ def settle(recipe: Recipe, args, config: Config) -> Recipe:
 
 
 def find_checkpoint(run: str, flag: str = "--checkpoint") -> Path:
-    """Folder of a run's model: RUN/best, else RUN/last, else RUN itself; or InputError."""
-    for folder in (Path(run) / "best", Path(run) / "last", Path(run)):
-        if (folder / "config.json").is_file():
+    """Folder of a run's model: RUN/best, else RUN/last, else RUN itself; or InputError.
+
+    The .previous ones are there while, or after, a save was killed.
+    """
+    places = [Path(run) / name for name in ("best", "best.previous", "last", "last.previous", "")]
+    for folder in places:
+        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
             return folder
-    raise InputError(f"{flag} {run}: neither it nor its best/ or last/ holds a config.json")
+    raise InputError(f"{flag} {run}: neither it nor its best/ or last/ holds a config.json and a "
+                     "model.safetensors")
 
 
 def recipe_of(folder: Path, config: Config, chosen) -> Recipe:

@@ -73,7 +73,7 @@ def train(recipe: Recipe, resume: bool) -> dict:
     # Data, checked before anything slow; then the model.
     train_set, val_set = (data.open_set(recipe, split) for split in ("train", "val"))
     print(f"training   {train_set.check()}\nvalidation {val_set.check()}")
-    model, optimizer, state = begin(recipe, resume, train_set, device)
+    model, optimizer, state = begin(recipe, resume, class_names(train_set), device)
     recipe = replace(recipe, model=model.config)
     print_plan(recipe, model, device, dtype)
     if parallel.rank() == 0 and not resume:
@@ -96,13 +96,13 @@ def train(recipe: Recipe, resume: bool) -> dict:
 # ------------------------------------------------------------------------------------------------
 # The start
 
-def begin(recipe: Recipe, resume: bool, train_set, device: torch.device):
-    """(model, optimiser, State): new, or where the run left off."""
+def begin(recipe: Recipe, resume: bool, names: tuple[str, ...], device: torch.device):
+    """(model, optimiser, State): new, or where the run left off; `names` of the classes."""
     if resume:
-        model, optimizer, state = continued(recipe, class_names(train_set), device)
+        model, optimizer, state = continued(recipe, names, device)
     else:
         state = checkpoint.State()
-        model = build_model(recipe, class_names(train_set)).to(device)
+        model = build_model(recipe, names).to(device)
         optimizer = build_optimizer(model, recipe)
     model.unet.gradient_checkpointing = recipe.gradient_checkpointing
     return model, optimizer, state

@@ -31,7 +31,7 @@ class UNetConfig:
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)  # per level: 1/8, 1/16, 1/32, 1/64
     layers: int = 2  # per level on the way down, one more on the way up
-    num_heads: int = 8  # at every level; divides all channels; HF's attention_head_dim
+    num_heads: int = 8  # per level; divides its channels; HF: attention_head_dim
     context_dim: int = 768  # D, the width of the prompts
     latent_channels: int = 4  # in and out
     groups: int = 32  # of every GroupNorm; divides all channels

@@ -13,6 +13,27 @@ from dataclasses import fields, is_dataclass, replace
 
 from ops.errors import InputError
 
+# What a setting may be, by its name, in whichever class: (least, most) of a number, of each number
+# of a tuple, or the words that are possible.
+LIMITS = {
+    "task": ("seg", "depth", "pose"), "init": ("auto", "random"), "box": ("nyu", "garg", "eigen"),
+    "schedule": ("poly", "two-phase", "step"), "precision": ("auto", "bfloat16", "float32"),
+    "num_prompts": (1, 65536), "refine_steps": (1, 100), "latent_scale": (1e-6, 1e6),
+    "num_classes": (0, 255), "head_channels": (1, 65536), "max_depth": (0.01, 1e5),
+    "resize_scale": (0, 64), "deconv_channels": (1, 65536), "sigma": (1 / 3, 100),
+    "dropout": (0, 0.99), "channels": (1, 65536), "layers": (1, 16), "num_heads": (1, 1024),
+    "context_dim": (1, 65536), "latent_channels": (1, 4096), "groups": (1, 4096),
+    "iterations": (1, 10**9), "batch": (1, 10**6), "micro_batch": (1, 10**6), "lr": (1e-12, 10),
+    "min_lr": (0, 10), "unet_lr_mult": (0, 1000), "muon_lr": (0, 10), "weight_decay": (0, 10),
+    "warmup": (0, 10**9), "warmup_ratio": (0, 1), "clip": (0, 1e9), "crop": (32, 16384),
+    "crop_width": (32, 16384), "seed": (0, 2**31 - 1), "workers": (0, 256), "log_every": (1, 10**9),
+    "eval_every": (1, 10**9), "save_every": (1, 10**9), "train_scenes": (1, 10**9),
+    "val_scenes": (1, 10**6), "depth_scale": (1e-3, 1e6), "scale": (32, 65536),
+    "window": (32, 16384), "stride": (1, 16384), "ratios": (0.05, 20), "at_once": (1, 65536),
+    "max_side": (0, 65536), "windows": (1, 1000), "max_depth_eval": (0.01, 1e5),
+    "min_depth_eval": (0, 1e5), "units": (0.01, 65535), "nms": (0, 1), "step": (0, 10**9),
+    "evaluated": (0, 10**9),
+}
 LINE = re.compile(r"    (\w+): .*?(?:  # (.*))?$")  # of a field: its name and its comment
 
 
@@ -42,11 +63,14 @@ def from_dict(kind: type, values: dict, where: str):
     for name in known:
         if name not in values:
             raise InputError(f"{where} lacks the field {name}")
-    return kind(**{name: checked(hints[name], values[name], f"{where}: {name}") for name in known})
+    return kind(**{name: checked(hints[name], values[name], f"{where}: {name}", name)
+                   for name in known})
 
 
-def checked(hint, value, where: str):
-    """A JSON value as the annotation `hint` wants it; InputError if it is of another type."""
+def checked(hint, value, where: str, name: str = ""):
+    """A JSON value as the annotation `hint` wants it; InputError if it is of another type, or not
+    what LIMITS says of a setting `name`.
+    """
     if is_dataclass(value) or hint is object:
         return value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -54,9 +78,25 @@ def checked(hint, value, where: str):
         if is_dataclass(option):
             return from_dict(option, value, where)
         if fits(option, value):
+            check_limits(value, where, name)
             return tuple(value) if typing.get_origin(option) is tuple else value
     raise InputError(f"{where} is {value!r:.60}, but should be "
                      + " or ".join(in_words(option) for option in options))
+
+
+def check_limits(value, where: str, name: str) -> None:
+    """InputError if a value of the right type is out of LIMITS."""
+    limits = LIMITS.get(name)
+    if limits is None or value is None:
+        return
+    if isinstance(limits[0], str):
+        if value not in limits:
+            raise InputError(f"{where} is {value!r:.60}, possible are {', '.join(limits)}")
+        return
+    low, high = limits
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if not low <= number <= high:
+            raise InputError(f"{where} is {value!r:.60}, possible is {low:g} to {high:g}")
 
 
 def in_words(kind) -> str:

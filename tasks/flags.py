@@ -109,7 +109,7 @@ def value_of(owner, name: str, words, flag: str):
         value = read_word(words) if isinstance(words, str) else words
     if value == "":
         raise InputError(f"{flag} is empty: leave it out, or give a value")
-    return checked(hint, value, flag)
+    return checked(hint, value, flag, name)
 
 
 def with_flags(recipe: Recipe, given: dict) -> Recipe:

@@ -188,37 +188,28 @@ def random_backbone(recipe: Recipe) -> bool:
 
 
 def check(recipe: Recipe) -> None:
-    """InputError if a recipe cannot work, before anything is loaded."""
-    if recipe.schedule not in ("poly", "two-phase", "step"):
-        raise InputError(f"--schedule {recipe.schedule}: poly, two-phase or step")
+    """InputError if settings that are possible one by one can't work together."""
     if recipe.task == "seg" and recipe.micro_batch < 2:
         raise InputError(f"--micro-batch {recipe.micro_batch}: segmentation needs 2 or more images "
                          "at once, BatchNorm cannot normalise a single 1x1 map")
-    if recipe.micro_batch < 1 or recipe.batch < 1 or recipe.batch % recipe.micro_batch:
+    if recipe.batch % recipe.micro_batch:
         raise InputError(f"--batch {recipe.batch} is no multiple of --micro-batch "
                          f"{recipe.micro_batch}")
     if recipe.model.resize_scale == 0 and (recipe.crop % 64 or (recipe.crop_width or 0) % 64):
         raise InputError(f"--crop {recipe.crop}, --crop-width {recipe.crop_width}: a side that is "
                          "no multiple of 64, the UNet's coarsest stride")
-    if recipe.lr <= 0 or recipe.muon_lr < 0:
-        raise InputError(f"--lr {recipe.lr}, --muon-lr {recipe.muon_lr}: rates must be positive (0 "
-                         "for --muon-lr: AdamW moves all weights)")
-    if recipe.init not in ("auto", "random"):
-        raise InputError(f"--init {recipe.init}: auto or random")
-    if recipe.precision not in ("auto", "bfloat16", "float32"):
-        raise InputError(f"--precision {recipe.precision}: auto, bfloat16 or float32")
-    channels = recipe.model.unet.channels
-    if recipe.backbone == "tiny" and max(channels) >= FULL_WIDTH and recipe.init != "random":
-        raise InputError(f"--unet-channels {channels} is a full-width backbone with random "
+    unet = recipe.model.unet
+    if recipe.backbone == "tiny" and max(unet.channels) >= FULL_WIDTH and recipe.init != "random":
+        raise InputError(f"--unet-channels {unet.channels} is a full-width backbone with random "
                          "weights, which learns little: give --backbone SOURCE, or --init random "
                          "if you mean it")
-    for name in ("iterations", "log_every", "eval_every", "save_every", "crop"):
-        if getattr(recipe, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: at least 1")
-    for name, part in (("unet", recipe.model.unet), ("vae", recipe.model.vae)):
-        if len(part.channels) != 4 or any(c % part.groups for c in part.channels):
-            raise InputError(f"--{name}-channels {part.channels}: four multiples of "
-                             f"--{name}-groups {part.groups}")
+    for name, part, divisors in (("unet", unet, ("groups", "num_heads")),
+                                 ("vae", recipe.model.vae, ("groups",))):
+        for divisor in divisors:
+            number = getattr(part, divisor)
+            if len(part.channels) != 4 or any(c % number for c in part.channels):
+                raise InputError(f"--{name}-channels {part.channels}: four multiples of --{name}-"
+                                 f"{divisor.replace('_', '-')} {number}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -246,4 +237,6 @@ def read_recipe(path: Path) -> Recipe:
     row, nested = RECIPES[model["task"], values["dataset"]], {}
     for name in ("files", "protocol"):
         nested[name] = from_dict(type(getattr(row, name)), values.get(name), f"{path}: {name}")
-    return from_dict(Recipe, {**values, **nested}, str(path))
+    recipe = from_dict(Recipe, {**values, **nested}, str(path))
+    check(recipe)
+    return recipe

@@ -304,7 +304,7 @@ def lovasz_by_class(logits: Tensor, target: Tensor) -> Tensor:
     probs, labels = probs[labels != IGNORE], labels[labels != IGNORE]
     losses = []
     for number in range(probs.shape[1]):
-        truth = (labels == number).float()
+        truth = (labels == number).to(probs.dtype)
         if truth.sum() == 0:
             continue
         errors, order = (truth - probs[:, number]).abs().sort(descending=True)

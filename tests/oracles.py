@@ -1,8 +1,14 @@
-"""What several test files share: random weights, relative errors, the diffusers oracles."""
+"""What several test files share: random weights, relative errors, the diffusers oracles.
+
+Whether two computations are the same is asked in float64.  There rounding is 1e-14 of the largest
+value on any processor, for any order of summation, so that ROUNDING is far above all of it and far
+below any mistake: an epsilon of 1e-6 in place of 1e-5 is 1e-6.
+"""
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
+ROUNDING = 1e-10  # in float64
 LEVELS = (32, 64, 96, 128)  # tiny widths, all different so that a swapped level can't hide
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from composition import composed, lovasz_by_class, our_model, random_batch, sized_recipe
 from heads import IGNORE, lovasz_softmax
-from oracles import randomise, relative_error
+from oracles import ROUNDING, randomise, relative_error
 
 CPU = torch.device("cpu")
 
@@ -30,25 +30,25 @@ def gradients(model, ours, batch):
 
 @pytest.mark.parametrize("task,passes", [("seg", 3), ("depth", 2), ("pose", 1)])
 def test_the_composed_peer_is_the_same_model(task, passes):
-    """Predictions (< 1e-5), losses and the gradient of every parameter (< 1e-5), in float64.
+    """Predictions, losses and the gradient of every parameter (< 1e-7), in float64.
 
     In float32 the gradients differ by percents: sorting, ReLU and norms of few values decide on the
-    last bits.
+    last bits.  A BatchNorm of two values also magnifies what float64 rounds.
     """
     recipe, ours, peer = sides(task, passes)
     batch = random_batch(recipe, CPU)
     ours.double(), peer.double()
     batch["image"] = batch["image"].double()
     with torch.inference_mode():
-        assert relative_error(ours(batch["image"]), peer(batch["image"])) < 1e-5
+        assert relative_error(ours(batch["image"]), peer(batch["image"])) < ROUNDING
     (losses, mine), (expected, theirs) = (gradients(m, ours, batch) for m in (ours, peer))
-    assert all(torch.isclose(losses[n], expected[n], rtol=1e-6) for n in expected)
+    assert all(torch.isclose(losses[n], expected[n], rtol=ROUNDING) for n in expected)
     assert mine.keys() == theirs.keys()
     # Some are zero but for rounding, as in test_unet.py.
     typical = torch.stack([g.abs().max() for g in theirs.values()]).median()
     for name, gradient in theirs.items():
         scale = max(gradient.abs().max(), 0.1 * typical)
-        assert (mine[name] - gradient).abs().max() / scale < 1e-5, name
+        assert (mine[name] - gradient).abs().max() / scale < 1e-7, name
 
 
 def test_weights_exist_once():
@@ -61,12 +61,12 @@ def test_weights_exist_once():
 
 def test_the_loop_over_classes_is_the_same_loss():
     """Value and gradient, with ignored pixels and absent classes."""
-    logits = torch.randn(2, 7, 12, 12, requires_grad=True)
+    logits = torch.randn(2, 7, 12, 12, dtype=torch.float64, requires_grad=True)
     target = torch.randint(0, 4, (2, 12, 12))
     target[:, :3] = IGNORE
     values = [function(logits, target) for function in (lovasz_softmax, lovasz_by_class)]
     mine, theirs = (torch.autograd.grad(value, logits)[0] for value in values)
-    assert torch.isclose(*values, rtol=1e-5) and relative_error(mine, theirs) < 1e-4
+    assert torch.isclose(*values, rtol=ROUNDING) and relative_error(mine, theirs) < ROUNDING
 
 
 def test_the_table_has_a_row_per_case():

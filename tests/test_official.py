@@ -14,8 +14,8 @@ from official_fixture import draw, load_fixture, official_file
 from oracles import relative_error
 from safetensors.torch import load_file
 
-import eval as evaluation
-import predict
+import model as our
+from tasks import seg
 from weights import official
 from ops.errors import InputError
 from model import MetaPromptModel
@@ -42,6 +42,17 @@ def full(task):
     return info, tensors, images
 
 
+@pytest.fixture(autouse=True)
+def positions_of_the_authors(monkeypatch):
+    """Ours is compared in float64, where it is the same on any processor; what remains is the
+    authors' rounding.  Only the resize of the input is float32's: 128 pixels off the origin its
+    positions are 1e-5 of a pixel off, theirs as well as ours.
+    """
+    enlarge = our.enlarge
+    monkeypatch.setattr(our, "enlarge", lambda images, scale:
+                        enlarge(images.float(), scale).to(images.dtype))
+
+
 def maps_and_output(model, images):
     """(rearranged maps, prediction) of one forward pass."""
     captured = []
@@ -54,23 +65,23 @@ def maps_and_output(model, images):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_reduced_case_gives_the_authors_numbers(task, tmp_path):
-    """Latents, rearranged maps and prediction of the authors' code, subsampled (< 1e-4)."""
+    """Latents, rearranged maps and prediction of the authors' code, subsampled (< 5e-5)."""
     info, tensors = reduced(task)
-    model = load_fixture(info, tmp_path)
+    model, images = load_fixture(info, tmp_path).double(), tensors["image"].double()
     with torch.no_grad():
-        assert relative_error(model.encode(tensors["image"]), tensors["latents"]) < 1e-4
-    maps, output = maps_and_output(model, tensors["image"])
+        assert relative_error(model.encode(images), tensors["latents"]) < 5e-5
+    maps, output = maps_and_output(model, images)
     for i, m in enumerate(maps):
-        assert relative_error(m.flatten()[::info["stride"]], tensors[f"rearranged{i}"]) < 1e-4
-    assert relative_error(output.flatten()[::info["output_stride"]], tensors["output"]) < 1e-4
+        assert relative_error(m.flatten()[::info["stride"]], tensors[f"rearranged{i}"]) < 5e-5
+    assert relative_error(output.flatten()[::info["output_stride"]], tensors["output"]) < 5e-5
 
 
 @needs_shared
 @pytest.mark.parametrize("task", TASKS)
 def test_outputs_equal_the_authors(task, tmp_path):
-    """Whole fixture: latents, maps and prediction (largest relative error < 1e-4, printed)."""
+    """Whole fixture: latents, maps and prediction (largest relative error < 5e-5, printed)."""
     info, tensors, images = full(task)
-    model = load_fixture(info, tmp_path)
+    model, images = load_fixture(info, tmp_path).double(), images.double()
     with torch.no_grad():
         errors = {"latents": relative_error(model.encode(images), tensors["latents"])}
     maps, output = maps_and_output(model, images)
@@ -80,17 +91,17 @@ def test_outputs_equal_the_authors(task, tmp_path):
     name = "logits" if task == "seg" else "pred"
     errors[name] = relative_error(output, tensors[name])
     print("\n" + "  ".join(f"{k} {v:.1e}" for k, v in errors.items()))
-    assert max(errors.values()) < 1e-4
+    assert max(errors.values()) < 5e-5
 
 
 @needs_shared
 def test_sliding_window_equals_the_authors(tmp_path):
     """Probabilities after the authors' sliding window (128, stride 85) on a 160x224 image."""
     info, tensors, _ = full("seg")
-    model = load_fixture(info, tmp_path)
-    protocol = predict.Protocol(None, info["slide"]["crop"][0], info["slide"]["stride"][0])
-    images = (tensors["slide_image"] + 1) / 2
-    probs = predict.predict_seg(model, images, images.shape[-2:], protocol, torch.float32)
+    model = load_fixture(info, tmp_path).double()
+    protocol = seg.Protocol(None, info["slide"]["crop"][0], info["slide"]["stride"][0])
+    images = (tensors["slide_image"].double() + 1) / 2
+    probs = seg.predict(model, images, images.shape[-2:], protocol, torch.float32)
     error = relative_error(probs, tensors["slide_prob"])
     print(f"\nslide {error:.1e}")
     assert error < 1e-4
@@ -99,35 +110,35 @@ def test_sliding_window_equals_the_authors(tmp_path):
 @needs_shared
 @pytest.mark.parametrize("task", TASKS)
 def test_losses_and_gradients_equal_the_authors(task, tmp_path):
-    """The training losses (< 1e-5) and the gradient norm of each trained tensor (< 5e-3).
+    """The training losses (< 1e-6), the gradient norm of each trained tensor (< 5e-3, and 5e-6 for
+    those that are zero but for rounding) and all of them as one vector (< 5e-4).
 
-    The authors ran float32, whose own rounding moves these norms by up to 1.5e-2 (ours in float64
-    against theirs).  Norms that are zero but for rounding (a bias in front of a norm that removes
-    it) are compared on the scale of 1e-3; the 1x1-pooled branch of seg, a BatchNorm over two
-    values, to 2 %.
+    The authors ran float32, whose own rounding moves single norms by up to 5e-3, all by 1e-4.
     """
     info, tensors, images = full(task)
-    model = load_fixture(info, tmp_path).train()
+    model, images = load_fixture(info, tmp_path).double().train(), images.double()
     if task == "seg":
         losses = model.loss(images, tensors["gt"][:, 0].long())
         expected = {"ce": "decode.loss_ce", "lovasz": "decode.loss_lovasz",
                     "aux": "aux.loss_ce_aux"}
         expected = {ours: info["losses"][theirs] for ours, theirs in expected.items()}
     else:
-        losses, expected = model.loss(images, tensors["gt"]), {"silog": info["train_loss"]}
+        losses = model.loss(images, tensors["gt"].double())
+        expected = {"silog": info["train_loss"]}
     for name, value in expected.items():
-        assert abs(losses[name].item() / value - 1) < 1e-5, name
+        assert abs(losses[name].item() / value - 1) < 1e-6, name
     sum(losses.values()).backward()
-    named, worst = dict(model.named_parameters()), ("", 0.0)
+    named, norms = dict(model.named_parameters()), []
     for name, norm in info["grad_norms"].items():
         target, _, row = official.our_name(name).partition(" ")
         grad = named[target].grad
         ours = (grad[int(row)] if row else grad).norm().item()
-        error = abs(ours - norm) / max(norm, 1e-3)
-        assert error < (0.02 if "psp_modules.0" in name else 5e-3), (name, ours, norm)
-        if "psp_modules.0" not in name:
-            worst = max(worst, (name, error), key=lambda pair: pair[1])
-    print(f"\n{len(info['grad_norms'])} gradient norms, largest error {worst[1]:.1e} at {worst[0]}")
+        assert abs(ours - norm) < 5e-3 * norm + 5e-6, (name, ours, norm)
+        norms.append((ours, norm))
+    ours, theirs = torch.tensor(norms, dtype=torch.float64).T
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    print(f"\n{len(norms)} gradient norms, distance {error:.1e}")
+    assert error < 5e-4
     for name in info["no_grad"]:
         target = official.our_name(name)
         assert target is None or named[target].grad is None, name

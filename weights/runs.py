@@ -1,6 +1,5 @@
 """The folder of a run: held by one process, and its log, metrics.jsonl."""
 import json
-from contextlib import suppress
 from pathlib import Path
 
 try:
@@ -23,7 +22,7 @@ class RunFolder:
         self.run, self.resume = run, resume
 
     def __enter__(self) -> None:
-        self.lock = None
+        self.lock, self.new = None, not self.run.exists()
         if parallel.rank() > 0:
             return
         kept = [name for name in ("last", "last.previous", "best") if (self.run / name).exists()]
@@ -32,7 +31,7 @@ class RunFolder:
                              "another folder")
         try:
             self.run.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.run / "lock").open("a")
+            self.lock = (self.run / ".lock").open("a")
         except OSError as error:
             raise InputError(f"--out {self.run} can't be written: {error}") from None
         if not lock_file(self.lock):
@@ -40,13 +39,11 @@ class RunFolder:
             raise InputError(f"{self.run} is in use by another process that trains into it")
 
     def __exit__(self, *error) -> None:
-        if self.lock is None:
-            return
-        if [path.name for path in self.run.iterdir()] == ["lock"]:  # nothing came of it
-            with suppress(OSError):                      # Windows keeps open files
-                (self.run / "lock").unlink()
+        if self.lock is not None:
+            self.lock.close()                            # also unlocks it
+            if self.new and len(list(self.run.iterdir())) == 1:
+                (self.run / ".lock").unlink()            # refused before anything was written
                 self.run.rmdir()
-        self.lock.close()                                # also unlocks it
 
 
 def lock_file(file) -> bool:
@@ -85,7 +82,7 @@ class Log:
         self.path = path
         if parallel.rank() == 0 and path.is_file():
             kept = [record for record in read_log(path) if record["step"] <= step]
-            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+            checkpoint.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict) -> None:
         """Append a record."""
