@@ -82,7 +82,7 @@ class Log:
         self.path = path
         if parallel.rank() == 0 and path.is_file():
             kept = [record for record in read_log(path) if record["step"] <= step]
-            checkpoint.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict) -> None:
         """Append a record."""
