@@ -103,7 +103,7 @@ def test_dying_at_any_file_operation_leaves_a_complete_checkpoint(tmp_path, step
     of the old step or the new one, and the next save succeeds.
     """
     model, optimizer = stepped
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # a kill, unlike a blackout, loses nothing
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # a kill loses no written byte
     for after in range(1000):
         run = tmp_path / str(after)
         for step in range(1, saves + 1):

@@ -3,9 +3,10 @@
     pytest tests/test_official.py        (with -m slow: all names at SD1.5's full width)
 
 The reduced golden cases of tests/golden always run; the whole fixtures, which are too large to
-ship, run where ../shared/fixtures exists.
+ship, run where OFFICIAL_FIXTURES names a folder that holds them.
 """
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,9 @@ from unet import UNetConfig
 from vae import VAEConfig
 
 GOLDEN = Path(__file__).parent / "golden"
-SHARED = Path(__file__).parents[2] / "shared"
+FIXTURES = Path(os.environ.get("OFFICIAL_FIXTURES", "not there"))
 TASKS = ("seg", "depth")
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="needs OFFICIAL_FIXTURES")
 
 
 def reduced(task):
@@ -36,8 +37,8 @@ def reduced(task):
 
 def full(task):
     """(config json, tensors, images in [0, 1]) of the whole fixture."""
-    info = json.loads((SHARED / "fixtures" / f"{task}_tiny.json").read_text())
-    tensors = load_file(SHARED / "fixtures" / f"{task}_tiny.safetensors")
+    info = json.loads((FIXTURES / "fixtures" / f"{task}_tiny.json").read_text())
+    tensors = load_file(FIXTURES / "fixtures" / f"{task}_tiny.safetensors")
     images = tensors["image"] if task == "depth" else (tensors["image"] + 1) / 2
     return info, tensors, images
 
@@ -76,7 +77,7 @@ def test_reduced_case_gives_the_authors_numbers(task, tmp_path):
     assert relative_error(output.flatten()[::info["output_stride"]], tensors["output"]) < 5e-5
 
 
-@needs_shared
+@needs_fixtures
 @pytest.mark.parametrize("task", TASKS)
 def test_outputs_equal_the_authors(task, tmp_path):
     """Whole fixture: latents, maps and prediction (largest relative error < 5e-5, printed)."""
@@ -94,7 +95,7 @@ def test_outputs_equal_the_authors(task, tmp_path):
     assert max(errors.values()) < 5e-5
 
 
-@needs_shared
+@needs_fixtures
 def test_sliding_window_equals_the_authors(tmp_path):
     """Probabilities after the authors' sliding window (128, stride 85) on a 160x224 image."""
     info, tensors, _ = full("seg")
@@ -107,7 +108,7 @@ def test_sliding_window_equals_the_authors(tmp_path):
     assert error < 1e-4
 
 
-@needs_shared
+@needs_fixtures
 @pytest.mark.parametrize("task", TASKS)
 def test_losses_and_gradients_equal_the_authors(task, tmp_path):
     """The training losses (< 1e-6), the gradient norm of each trained tensor (< 5e-3, and 5e-6 for
@@ -144,7 +145,7 @@ def test_losses_and_gradients_equal_the_authors(task, tmp_path):
         assert target is None or named[target].grad is None, name
 
 
-@needs_shared
+@needs_fixtures
 @pytest.mark.parametrize("task", TASKS)
 def test_optimiser_groups_equal_the_authors(task, tmp_path):
     """Learning rate and weight decay of every tensor as the authors' constructor assigns them."""
@@ -244,11 +245,11 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-@needs_shared
+@needs_fixtures
 @pytest.mark.parametrize("name,keys", [("seg_ade20k", 918), ("depth_nyu", 912)])
 def test_full_width_files_load_with_no_name_left_over(name, keys, tmp_path):
     """All official names and shapes at SD1.5's width; aliases share storage, values are checked."""
-    shapes = json.loads((SHARED / "data" / f"state_dict_{name}.json").read_text())
+    shapes = json.loads((FIXTURES / "data" / f"state_dict_{name}.json").read_text())
     shapes = shapes.get("state", shapes)
     assert len(shapes) == keys
     state = {n: draw(n, s, 0) for n, s in shapes.items()}
