@@ -3,6 +3,8 @@ import json
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 def printable(text: str) -> str:
     """One line that can be printed and written as UTF-8 anywhere: control characters, line breaks
@@ -36,7 +38,7 @@ def run_command(command) -> None:
         command()
     except InputError as error:
         fail(error, 2)
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, SafetensorError) as error:  # the last: of a full disk
         fail(error, 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)
@@ -57,3 +59,11 @@ def read_json(path: str | Path):
         raise InputError(f"{path} does not exist") from None
     except (OSError, RecursionError, ValueError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_object(path: str | Path) -> dict:
+    """The same, of a file that holds one object."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no JSON object {{...}}")
+    return values
