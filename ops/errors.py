@@ -22,6 +22,9 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
+        lines = str(message).splitlines()
+        if lines and lines[0].startswith("Caught InputError in"):  # by a data-loader worker, which
+            message = lines[-1].removeprefix(f"{__name__}.InputError: ")  # adds its traceback
         super().__init__(printable(message))
 
 
@@ -48,9 +51,7 @@ def run_command(command) -> None:
 
 def fail(error, code: int) -> None:
     """End the program with one line."""
-    # A data-loader worker wraps the message in its traceback: the last line is ours.
     message = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    message = message.removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
     print(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(code) from None
 
