@@ -36,11 +36,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import test_oks  # noqa: E402
 from composition import (  # noqa: E402
     N_CLASSES, cases, compiled, composed, loss_and_gradient, lovasz_by_class, our_model,
     sized_recipe, step_calls)
 from oracles import diffusers_unet, diffusers_vae  # noqa: E402
+from trees import pycocotools_evaluation, random_case, write_case  # noqa: E402
 
 import train  # noqa: E402
 from heads import lovasz_softmax  # noqa: E402
@@ -332,12 +332,12 @@ def loading(rounds: int):
 def evaluation_of_people():
     """Time of COCO's keypoint evaluation on a set of val's size, files to statistics, one run."""
     with tempfile.TemporaryDirectory() as folder:
-        case = test_oks.random_case(np.random.default_rng(0), 5000, 11004, 104_125)
-        truth, results = test_oks.write_files(Path(folder), *case)
+        case = random_case(np.random.default_rng(0), 5000, 11004, 104_125)
+        truth, results = write_case(Path(folder), *case)
         start = time.perf_counter()
-        ours = oks.evaluate(json.loads(Path(truth).read_text()), oks.read_results(results))
+        ours = oks.evaluate(*(json.loads(Path(path).read_text()) for path in (truth, results)))
         mine, start = time.perf_counter() - start, time.perf_counter()
-        peer = test_oks.pycocotools_evaluation(truth, results).stats
+        peer = pycocotools_evaluation(truth, results).stats
         theirs = time.perf_counter() - start
     yield {"case": "COCO evaluation, 104,125 people", "peer": "pycocotools", "ours_s": mine,
            "peer_s": theirs, "ratio": mine / theirs,

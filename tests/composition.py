@@ -12,19 +12,20 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
-import predict
 import train
 from heads import IGNORE
 from model import MetaPromptModel, enlarge, rearrange
 from oracles import randomise
+from ops.device import autocast
 from tasks.recipes import RECIPES, Recipe
 from unet import UNet, UNetConfig
 from vae import VAEConfig, VAEEncoder
 
 N_CLASSES = 150
 DATASETS = {"seg": "ade20k", "depth": "nyu", "pose": "coco"}  # whose recipes are measured
-TINY = {"unet_channels": (32, 32, 64, 64), "vae_channels": (32, 32, 32, 32), "context_dim": 32,
-        "num_heads": 4, "num_prompts": 16, "head_channels": 16, "deconv_channels": (16,)}
+TINY = {"unet": UNetConfig((32, 32, 64, 64), num_heads=4, context_dim=32),
+        "vae": VAEConfig((32, 32, 32, 32)), "num_prompts": 16, "head_channels": 16,
+        "deconv_channels": (16,)}
 
 
 def peer_unet(ours: UNet) -> UNet2DConditionModel:
@@ -172,17 +173,17 @@ def cases(args, device):
     recipe = sized_recipe(args, "seg", 1, training=False)
     B, side = recipe.batch, recipe.crop // 8
     with device:
-        ours = UNet(UNetConfig(recipe.unet_channels, num_heads=recipe.num_heads,
-                               context_dim=recipe.context_dim))
+        ours = UNet(recipe.model.unet)
         latents = torch.randn(B, 4, side, side)
         timesteps = torch.zeros(B, dtype=torch.long)
-        context = torch.randn(1, recipe.num_prompts, recipe.context_dim).expand(B, -1, -1)
+        context = torch.randn(1, recipe.model.num_prompts, recipe.model.unet.context_dim)
+        context = context.expand(B, -1, -1)
     peer, inputs = peer_unet(randomise(ours)), (latents, timesteps, context)
     yield "UNet forward", OurNoise(ours), PeerNoise(peer), inputs, forward_of
     yield "UNet forward+backward", OurNoise(ours), PeerNoise(peer), inputs, backward_of
     del peer, ours
     with device:
-        ours = VAEEncoder(VAEConfig(recipe.vae_channels))
+        ours = VAEEncoder(recipe.model.vae)
         images = torch.rand(B, 3, 8 * side, 8 * side) * 2 - 1
     peer = peer_vae(randomise(ours))
     yield "VAE encode", ours, PeerMean(peer), (images,), forward_of
@@ -202,12 +203,14 @@ def sized_recipe(args, task: str, passes: int, training: bool) -> Recipe:
     if training:
         batch = max(args.batch or recipe.micro_batch, 2 if task == "seg" else 1)
     else:
-        batch = args.batch or predict.find_protocol(task, recipe.dataset).batch
-    recipe = replace(recipe, refine_steps=passes, lr=0.0, batch=batch, micro_batch=batch,
-                     gradient_checkpointing=args.gradient_checkpointing,
-                     **(TINY if args.width == "tiny" else {}))
+        batch = args.batch or recipe.protocol.at_once
+    model = replace(recipe.model, refine_steps=passes, **(TINY if args.width == "tiny" else {}))
+    recipe = replace(recipe, model=model, lr=0.0, batch=batch, micro_batch=batch,
+                     gradient_checkpointing=args.gradient_checkpointing)
     size = args.size or (16 if args.width == "tiny" else None)
-    return replace(recipe, crop=8 * size, crop_width=None, resize_scale=0) if size else recipe
+    if size is None:
+        return recipe
+    return replace(recipe, model=replace(model, resize_scale=0), crop=8 * size, crop_width=None)
 
 
 def random_batch(recipe: Recipe, device: torch.device) -> dict:
@@ -217,7 +220,7 @@ def random_batch(recipe: Recipe, device: torch.device) -> dict:
         if recipe.task == "seg":
             target = torch.randint(0, N_CLASSES, (B, H, W))
         elif recipe.task == "depth":
-            target = recipe.max_depth * torch.rand(B, H, W)
+            target = recipe.model.max_depth * torch.rand(B, H, W)
         else:
             target = torch.rand(B, 17, 3) * torch.tensor([W, H, 0]) + torch.tensor([0, 0, 1])
         return {"image": torch.rand(B, 3, H, W), "target": target, "name": ["random"] * B}
@@ -227,7 +230,7 @@ def our_model(recipe: Recipe, device: torch.device) -> MetaPromptModel:
     """A new model of the recipe, random weights, made where it will be."""
     torch.manual_seed(0)
     with device:
-        model = MetaPromptModel(train.model_config(recipe, tuple(map(str, range(N_CLASSES)))))
+        model = MetaPromptModel(replace(recipe.model, num_classes=N_CLASSES))
     model.unet.gradient_checkpointing = recipe.gradient_checkpointing
     return model
 
@@ -263,13 +266,13 @@ def training_of(model, recipe: Recipe, batch: dict, optimizer, device, dtype: to
 
 
 def inference_of(model, images: Tensor, dtype: torch.dtype):
-    """A call that predicts as predict.py does, but for inference mode, whose einsum can't be
+    """A call that predicts as tasks/ do, but for inference mode, whose einsum can't be
     counted under autocast.
     """
     model.eval()
 
     def call():
-        with torch.no_grad(), predict.autocast(images.device, dtype):
+        with torch.no_grad(), autocast(images.device, dtype):
             return model(images)
     return call
 

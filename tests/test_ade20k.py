@@ -74,12 +74,11 @@ def test_ade20k_classes():
 
 
 def test_ade20k_export(tmp_path):
-    """ADE20K's labels + 1 under the image's name, 0 for none; they read back as predicted."""
+    """ADE20K's labels + 1, 0 for none; they read back as predicted."""
     classes = Ade20k().classes()
     predicted = np.resize([*range(150), 255], (10, 151))
-    path = export_labels(tmp_path, "/x/ADE_test_00000007.jpg", predicted, classes)
-    assert path == tmp_path / "ADE_test_00000007.png"
-    written = files.load_label(path)
+    export_labels(tmp_path / "ADE_test_00000007.png", predicted, classes)
+    written = files.load_label(tmp_path / "ADE_test_00000007.png")
     assert written[0].tolist() == [*range(1, 151), 0]
     assert np.array_equal(classes.lut[written], predicted)
 
@@ -89,7 +88,7 @@ def test_ade20k_export(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     (None, "classes.txt is missing"), ("sky\n", "classes.txt names 1 classes"),
-    ("sky\n\nroad\n", "classes.txt, line 2 is empty"), ("", "classes.txt names 0 classes"),
+    ("sky\n\nroad\n", "classes.txt, line 2 is empty"), ("", "classes.txt, line 1 is empty"),
     ("x\n" * 256, "classes.txt names 256 classes"),
     (b"caf\xe9\nroad\n", "classes.txt is no UTF-8")])
 def test_bad_classes_txt(folder, text, message):
@@ -110,7 +109,7 @@ def test_classes_txt_spelling(folder):
 
 def test_label_out_of_range(folder, ade):
     """A value that is no class is refused with the file, the value and the legal ones."""
-    write(folder / "labels/train/b.png", np.full((20, 30), 3))
+    write(folder / "labels/train/b.png", np.full((64, 80), 3))
     with pytest.raises(InputError, match=r"train/b.png holds the label 3: 0\.\.2 and 255"):
         opened(folder).check()
     path = next(ade.rglob("ADE_val_00000001.png"))
@@ -121,12 +120,20 @@ def test_label_out_of_range(folder, ade):
 
 def test_broken_pair(folder):
     """A label of another size than its image, or a broken file, is named by the first check."""
-    write(folder / "labels/train/b.png", np.zeros((30, 20)))
-    with pytest.raises(InputError, match="train/b.png is 20x30, its image 30x20"):
+    write(folder / "labels/train/b.png", np.zeros((80, 64)))
+    with pytest.raises(InputError, match="train/b.png is 64x80, its image 80x64"):
         opened(folder).check()
+    write(folder / "labels/train/b.png", np.zeros((64, 80)))
     (folder / "images/train/a.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match="images/train/a.jpg cannot be decoded"):
         opened(folder).check()
+
+
+def test_labels_that_ignore_everything_are_refused(folder):
+    """There would be nothing to learn or to measure."""
+    write(folder / "labels/val/d.png", np.full((64, 80), 255))
+    with pytest.raises(InputError, match="all pixels of the 1 labels checked, such as .*d.png"):
+        opened(folder, "val").check()
 
 
 # ------------------------------------------------------------------------------------------------

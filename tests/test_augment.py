@@ -1,8 +1,8 @@
-"""The segmentation augmentation follows mmseg 0.30.0 and cv2 4.8, figure for figure.
+"""Training augmentation: mmseg 0.30.0's for segmentation, the official chain for depth.
 
-Proven here: sizes, bilinear and nearest resizing, RGB -> HSV and HSV -> RGB against figures that
-the reference programs printed (tests/golden/augment.json); the crop rule and the order of every
-random draw against scripted generators; and the properties any such pipeline owes its user.
+Proven here: sizes and look-up tables against figures that the reference programs printed
+(tests/golden/{augment,depth}.json); the crop rule and the order of every random draw against
+scripted generators; and the properties any such pipeline owes its user.
 
     python -m pytest tests/test_augment.py
 """
@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trees import random_image
 
-from ops import augment
+from ops import augment, pixels
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "augment.json").read_text())
+GOLDEN, DEPTH_GOLDEN = (json.loads((Path(__file__).parent / "golden" / name).read_text())
+                        for name in ("augment.json", "depth.json"))
 
 
 class Script:
@@ -28,14 +30,6 @@ class Script:
         return self.draws.pop(0)
 
     uniform = integers
-
-
-def random_image(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def row(pixels):
-    return np.array(pixels, np.uint8)[None]
 
 
 @pytest.mark.parametrize("case", GOLDEN["rescale_hw"])
@@ -54,65 +48,6 @@ def test_random_rescale_bounds():
     scripted = Script(1.3999)
     assert augment.random_rescale(375, 500, (2048, 512), scripted) == (716, 955)
     assert scripted.asked == [(0.5, 2.0)]
-
-
-def test_bilinear_golden():
-    """Bilinear enlarging of a colour image gives cv2's bytes."""
-    case = GOLDEN["cv2_bilinear_u8"]
-    out = augment.resize_bilinear(np.array(case["img_rgb"], np.uint8), case["out_hw"])
-    assert out.dtype == np.uint8 and out.tolist() == case["out"]
-
-
-@pytest.mark.parametrize("case", GOLDEN["cv2_extra_bilinear"])
-def test_bilinear_truncates_where_cv2_does(case):
-    """Dropped bits are cv2's: between the passes, and in the two shares of an edge row."""
-    out = augment.resize_bilinear(np.array(case["img"], np.uint8), case["out_hw"])
-    assert out.tolist() == case["out"]
-
-
-@pytest.mark.parametrize("case", GOLDEN["cv2_extra_bilinear_far"])
-def test_bilinear_positions_are_float32(case):
-    """Two thousand pixels from the origin a position keeps float32 precision, and no more."""
-    source, target, expected = case
-    line = (np.arange(source) * 37 % 256).astype(np.uint8)
-    assert augment.resize_bilinear(line[None], (1, target)).tolist() == [expected]
-
-
-@pytest.mark.parametrize("size", [(70, 100), (150, 41), (64, 64), (33, 200)])
-def test_bilinear_is_the_textbook_formula(size):
-    """Beyond the golden sizes, and across row blocks, it is float interpolation within 1 level."""
-    image = random_image(97, 83).astype(np.float64)
-    weights = []
-    for source, target in zip(image.shape, size):
-        centre = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
-        weights.append(np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(source))))
-    expected = np.einsum("yh,xw,hwc->yxc", *weights, image)
-    out = augment.resize_bilinear(image.astype(np.uint8), size)
-    assert np.abs(out - expected).max() <= 1 and np.abs(out - expected).mean() < 0.3
-
-
-def test_bilinear_keeps_equal_size():
-    """Resizing to the size an image already has returns the same bytes."""
-    image = random_image(70, 45)
-    assert np.array_equal(augment.resize_bilinear(image, (70, 45)), image)
-
-
-def test_bilinear_layouts_agree():
-    """A single channel, and a view that is not contiguous, resize like the image they belong to."""
-    image = random_image(40, 50)
-    out = augment.resize_bilinear(image, (61, 33))
-    assert np.array_equal(augment.resize_bilinear(image[..., 1], (61, 33)), out[..., 1])
-    turned = augment.resize_bilinear(image[:, :, ::-1], (61, 33))
-    assert np.array_equal(turned, out[:, :, ::-1])
-
-
-@pytest.mark.parametrize("case", GOLDEN["cv2_nearest_index"] + GOLDEN["cv2_extra_nearest"])
-def test_nearest_index(case):
-    """Nearest picks cv2's indices along both axes, down to the last bit of its float64 scale."""
-    source, target, index = case
-    line = np.arange(source) * 1000                              # int64: not only bytes
-    assert augment.resize_nearest(line[None], (1, target))[0].tolist() == line[index].tolist()
-    assert augment.resize_nearest(line[:, None], (target, 1))[:, 0].tolist() == line[index].tolist()
 
 
 def test_crop_rejects_a_dominant_class():
@@ -182,50 +117,6 @@ def test_flip_mirrors_columns():
     assert min(once.strides) > 0 and np.array_equal(augment.flip(once), image)
 
 
-def test_rgb_to_hsv_golden():
-    """RGB -> HSV gives cv2's bytes, ties and greys included."""
-    case = GOLDEN["rgb_to_hsv_u8"]
-    assert augment.rgb_to_hsv(row(case["rgb"])).tolist() == [case["hsv"]]
-
-
-def test_hsv_to_rgb_golden():
-    """HSV -> RGB gives cv2's bytes, half of them where another float32 rounding would be off."""
-    case = GOLDEN["cv2_extra_hsv_to_rgb"]
-    assert augment.hsv_to_rgb(row(case["hsv"])).tolist() == [case["rgb"]]
-
-
-def test_hue_shift_within_one():
-    """A shift of H, S and V between the two conversions is albumentations' within 1 level."""
-    case = GOLDEN["albu_hsv_shift"]
-    hsv = augment.rgb_to_hsv(row(case["rgb"])).astype(np.float64)
-    hsv[..., 0] = (hsv[..., 0] + case["hue"]) % 180
-    hsv[..., 1:] = np.clip(hsv[..., 1:] + [case["sat"], case["val"]], 0, 255)
-    out = augment.hsv_to_rgb(hsv.astype(np.uint8)).astype(int)
-    assert np.abs(out - case["out"]).max() <= case["tolerance"] == 1
-
-
-def test_hsv_round_trip():
-    """There and back, greys and full colours return within 1 level, everything within 6."""
-    levels = np.arange(256, dtype=np.uint8)
-    zero = np.zeros_like(levels)
-    for channels in ((levels, levels, levels), (levels, zero, zero), (zero, levels, levels)):
-        image = np.stack(channels, -1)[None]
-        back = augment.hsv_to_rgb(augment.rgb_to_hsv(image)).astype(int)
-        assert np.abs(back - image).max() <= 1
-    image = random_image(200, 200)                               # 180 hues for 1530 shades of edge
-    back = augment.hsv_to_rgb(augment.rgb_to_hsv(image)).astype(int)
-    assert np.abs(back - image).max() <= 6
-
-
-def test_hue_wraps():
-    """A hue of 180 and more names the same colour as 180 less, within 1 level."""
-    hsv = random_image(64, 64)
-    hsv[..., 0] %= 76
-    wrapped = hsv + np.array([180, 0, 0], np.uint8)
-    difference = augment.hsv_to_rgb(hsv).astype(int) - augment.hsv_to_rgb(wrapped)
-    assert np.abs(difference).max() <= 1
-
-
 @pytest.mark.parametrize("case", GOLDEN["photometric_convert"])
 def test_convert_truncates(case):
     """Brightness and contrast clip to 0..255 and then truncate."""
@@ -252,13 +143,13 @@ def test_photometric_order_matters_where_stated():
     """Contrast before hue and contrast after hue are different images, each as composed by hand."""
     image = random_image(8, 8)
 
-    def contrast(pixels):
-        return np.clip(pixels.astype(np.float32) * np.float32(1.4), 0, 255).astype(np.uint8)
+    def contrast(colours):
+        return np.clip(colours.astype(np.float32) * np.float32(1.4), 0, 255).astype(np.uint8)
 
-    def shift(pixels):
-        hsv = augment.rgb_to_hsv(pixels).astype(int)
+    def shift(colours):
+        hsv = pixels.rgb_to_hsv(colours).astype(int)
         hsv[..., 0] = (hsv[..., 0] - 18) % 180
-        return augment.hsv_to_rgb(hsv.astype(np.uint8))
+        return pixels.hsv_to_rgb(hsv.astype(np.uint8))
 
     lead = augment.photometric_distortion(image, Script(0, 1, 1, 1.4, 0, 1, -18))
     close = augment.photometric_distortion(image, Script(0, 0, 0, 1, -18, 1, 1.4))
@@ -269,16 +160,16 @@ def test_photometric_order_matters_where_stated():
 def test_saturation_and_hue_round_separately():
     """Saturation scales S alone, truncated, with its own round trip before that of the hue."""
     image = random_image(8, 8)
-    hsv = augment.rgb_to_hsv(image)
+    hsv = pixels.rgb_to_hsv(image)
     scaled = hsv[..., 1].astype(np.float32) * np.float32(1.3)
     hsv[..., 1] = np.minimum(scaled, 255).astype(np.uint8)
-    expected = augment.hsv_to_rgb(hsv)
+    expected = pixels.hsv_to_rgb(hsv)
     out = augment.photometric_distortion(image, Script(0, 0, 1, 1.3, 0, 0))
     assert np.array_equal(out, expected)
-    hsv = augment.rgb_to_hsv(expected)
+    hsv = pixels.rgb_to_hsv(expected)
     hsv[..., 0] = (hsv[..., 0].astype(int) + 17) % 180
     both = augment.photometric_distortion(image, Script(0, 0, 1, 1.3, 1, 17, 0))
-    assert np.array_equal(both, augment.hsv_to_rgb(hsv))
+    assert np.array_equal(both, pixels.hsv_to_rgb(hsv))
 
 
 def test_photometric_odds():
@@ -296,24 +187,19 @@ def test_seeds_reproduce():
     def sample(seed):
         rng = np.random.default_rng(seed)
         size = augment.random_rescale(60, 50, (256, 64), rng)
-        corner = augment.crop_offset(augment.resize_nearest(label, size), (32, 32), rng)
-        window = augment.crop(augment.resize_bilinear(image, size), *corner, (32, 32))
+        corner = augment.crop_offset(pixels.resize_nearest(label, size), (32, 32), rng)
+        window = augment.crop(pixels.resize_bilinear(image, size), *corner, (32, 32))
         return augment.pad_to(augment.photometric_distortion(window, rng), (32, 32), 0)
 
     assert np.array_equal(sample(1), sample(1)) and not np.array_equal(sample(1), sample(2))
 
 
 @pytest.mark.parametrize("call", [
-    lambda image: augment.resize_bilinear(image / 255, (2, 2)),
-    lambda image: augment.resize_bilinear(image, (0, 2)),
-    lambda image: augment.resize_nearest(image[:0], (2, 2)),
     lambda image: augment.rescale_size(4, 0, (8, 8)),
     lambda image: augment.crop_offset(image, (2, 2), np.random.default_rng(0)),
     lambda image: augment.crop_offset(image[..., 0].astype(np.int64), (2, 2), Script(0, 0)),
     lambda image: augment.crop(image, -1, 0, (2, 2)),
     lambda image: augment.pad_to(image, (4, 3), 0),
-    lambda image: augment.rgb_to_hsv(image / 255),
-    lambda image: augment.hsv_to_rgb(image[..., :2]),
     lambda image: augment.photometric_distortion(image.astype(np.float32), Script()),
 ])
 def test_wrong_input_is_refused(call):
@@ -325,7 +211,6 @@ def test_wrong_input_is_refused(call):
 # ------------------------------------------------------------------------------------------------
 # Depth
 
-DEPTH_GOLDEN = json.loads((Path(__file__).parent / "golden" / "depth.json").read_text())
 RAMP = np.arange(0, 256, 5, dtype=np.uint8)
 
 
@@ -342,12 +227,24 @@ def test_gamma_meets_the_golden_ramp(exponent):
     assert augment.gamma(RAMP, float(exponent)).tolist() == DEPTH_GOLDEN["albu_gamma"][exponent]
 
 
-def test_hsv_shift_meets_the_golden_colours():
-    """Hue, saturation and value shifted on cv2's uint8 HSV, within the spec's tolerance of 1."""
-    golden = DEPTH_GOLDEN["albu_hsv_shift"]
+@pytest.mark.parametrize("golden", [GOLDEN["albu_hsv_shift"], DEPTH_GOLDEN["albu_hsv_shift"]])
+def test_hsv_shift_meets_the_golden_colours(golden):
+    """Hue, saturation and value shifted on cv2's uint8 HSV are albumentations' within 1 level."""
     image = np.array(golden["rgb"], np.uint8)[None]
     out = augment.shift_hsv(image, golden["hue"], golden["sat"], golden["val"])[0].astype(int)
     assert np.abs(out - np.array(golden["out"])).max() <= 1
+
+
+def test_cut_depth_shows_the_low_byte():
+    """Raw depth modulo 256 in a range of columns, all rows and channels (2713 -> 153)."""
+    image = np.zeros((8, 40, 3), np.uint8)
+    depth = np.full((8, 40), 2713, np.float32)
+    for seed in range(20):
+        cut = augment.cut_depth(image, depth, np.random.default_rng(seed))
+        columns = np.flatnonzero((cut == 153).all(axis=(0, 2)))
+        assert len(columns) >= 1 and (np.diff(columns) == 1).all()
+        assert (np.delete(cut, columns, axis=1) == 0).all()
+    assert (image == 0).all()
 
 
 def test_depth_chain_moves_image_and_depth_alike():

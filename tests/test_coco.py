@@ -46,8 +46,9 @@ def test_people_come_in_file_order_image_by_image(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    {"bbox": None}, {"keypoints": None}, {"iscrowd": 1}, {"num_keypoints": 0}, {"category_id": 2},
-    {"keypoints": [0] * 51}, {"keypoints": [0] * 51, "num_keypoints": None},
+    {"bbox": None}, {"keypoints": None, "num_keypoints": None}, {"iscrowd": 1},
+    {"num_keypoints": 0}, {"category_id": 2},
+    {"keypoints": [0] * 51, "num_keypoints": 0}, {"keypoints": [0] * 51, "num_keypoints": None},
     {"bbox": [20, 12, 0, 9]}, {"bbox": [99.2, 12, 0.8, 9]}, {"bbox": [20, 12, 9, -3]}])
 def test_unusable_people_are_left_out(tmp_path, changes):
     """mmpose's rules: no box, no joints, a crowd, an empty box, also after clipping."""
@@ -114,7 +115,7 @@ def test_evaluation_sample(tmp_path):
 def test_evaluation_samples_are_collated(tmp_path):
     """A loader stacks what evaluation needs."""
     dataset = opened(make_people(tmp_path))
-    batch = next(iter(data.eval_loader(dataset, 2, 0)))
+    batch, _ = next(iter(data.eval_loader(dataset, 2, 0)))
     assert batch["image"].shape == (2, 3, *CROP) and batch["scale"].shape == (2, 2)
     assert batch["image_id"].tolist() == [9, 7] and batch["id"].tolist() == [0, 1]
     assert batch["scale"].dtype == torch.float64
@@ -207,6 +208,7 @@ def test_paths_replace_the_layout(tmp_path):
     (person(8, bbox=[1, 2, 3]), r"annotation 8: bbox is .*\(3 values\), but should be a list of 4"),
     (person(8, bbox="all"),
      "annotation 8: bbox is 'all', but should be a list of 4 finite numbers"),
+    (person(8, keypoints=[0] * 51), "annotation 8: num_keypoints is 17, but no joint is labelled"),
     (person(8, area=None), "annotation 8: area is None, but should be a finite number"),
     (person(8, bbox=[120, 5, 9, 9]), r"annotation 8: its box \[120, 5, 9, 9\].*image 7, 100x80"),
     (person(8, bbox=[5, -30, 9, 9]), "annotation 8: its box.*is outside image 7"),

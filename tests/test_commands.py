@@ -1,6 +1,6 @@
-"""Every command of the README runs: none can rot.
+"""Every command of README.md and docs/*.md runs: none can rot.
 
-Each is a case of `test_command_runs`, in a process of its own, in the README's order and in one
+Each is a case of `test_command_runs`, in a process of its own, in the documents' order and in one
 working directory, so that what reads a run finds the one that an earlier command wrote.  Its flags
 are kept.  Paths become miniature data sets in the released layouts, placeholders become what they
 stand for, Stable Diffusion 1.5 is a miniature in the Hub's cache, and tiny settings are appended.
@@ -9,6 +9,7 @@ A command that nothing here knows how to run fails.
     pytest tests/test_commands.py               the first set-up command on a tiny model
     pytest tests/test_commands.py -m slow       all others
 """
+import json
 import os
 import re
 import shlex
@@ -17,146 +18,36 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_apply
-import test_cityscapes
-import test_data
-import test_nyu_kitti as test_depth_data
-import test_official
-import test_coco as test_pose_data
-import test_train
+from documents import COMMANDS, ROOT, TEXTS, collect, key_of, snippets, words_of
 from official_fixture import official_file
 from oracles import diffusers_unet, diffusers_vae
+from trees import TREES, random_image, write
 
-from tasks import recipes
 from weights import files as weights
 from weights.official import our_name
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-
-
-# ------------------------------------------------------------------------------------------------
-# The README's commands
-
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-SHELLS = ("", "bash", "sh", "shell", "console")  # other languages are no commands
-PRINTED = re.compile(r"(step \d+: |best |wrote )")  # first words of a quoted output
-STARTS = re.compile(r"(python3?|torchrun|pytest|pip|accelerate|bash|git|hf) \S|--task \w+ --")
-
-
-def collect(text):
-    """Every command of a Markdown text, once, in order.
-
-    Lines of fenced blocks, and inline code that begins like a command or, where `python train.py`
-    is left out, with --task.
-    """
-    found = []
-    for block in FENCE.finditer(text):
-        if block[1] in SHELLS and not PRINTED.match(block[2]):
-            lines = re.sub(r"(^|\s)#.*", "", block[2].replace("\\\n", " "), flags=re.M).splitlines()
-            found += [(block.start(), " ".join(line.split())) for line in lines if line.strip()]
-    outside = FENCE.sub(lambda block: " " * len(block[0]), text)
-    for span in re.finditer(r"`([^`]+)`", outside):
-        command = " ".join(span[1].split())
-        if STARTS.match(command):
-            left_out = "python train.py " if command.startswith("--task") else ""
-            found.append((span.start(), left_out + command))
-    found.sort(key=lambda pair: pair[0])
-    return list(dict.fromkeys(command for _, command in found))
-
-
-COMMANDS = collect(README)
-
-
-def words_of(command):
-    """Its words as `python SCRIPT ...`, without an installation before it."""
-    words = shlex.split(re.sub(r"^pip install -r \S+ && ", "", command))
-    if words[0] == "torchrun":
-        return ["python", "-m", "torch.distributed.run", *words[1:]]
-    return ["python", "-m", *words] if words[0] == "pytest" else words
-
 
 def program_of(words):
     """Which of the PROGRAMS the words run; fails if it is none."""
     program = next((w for w in words if w in PROGRAMS), None)
     if words[0] != "python" or program is None or {"&&", "|", ">", ";", "&"} & set(words):
-        pytest.fail(f"tests/test_commands.py does not know how to run this command of the README: "
-                    f"{shlex.join(words)}")
+        pytest.fail("tests/test_commands.py does not know how to run this command of the documents:"
+                    f" {shlex.join(words)}")
     return program
 
 
-def option(words, flag, default=None):
-    """The value after a flag."""
-    return words[words.index(flag) + 1] if flag in words else default
-
-
-def key_of(words):
-    """TASK-DATASET of a command, which is also the name of the run that it writes."""
-    run = option(words, "--checkpoint", "")
-    if run.startswith("runs/"):
-        return run.removeprefix("runs/")
-    return f"{option(words, '--task', 'seg')}-{option(words, '--dataset', 'shapes')}"
-
-
 def writer_of(run):
-    """The README's command that writes runs/TASK-DATASET."""
+    """The documents' first command that writes runs/TASK-DATASET."""
     for command in COMMANDS:
         words = words_of(command)
-        trains = "train.py" in words and not {"--resume", "--ablate"} & set(words)
-        if trains and f"runs/{key_of(words)}" == run:
+        trains = "train.py" in words and not {"--resume", "--help", "--out"} & set(words)
+        if trains and f"runs/{'-'.join(key_of(words))}" == run:
             return command
-    pytest.fail(f"no command of the README writes {run}, which another one reads")
+    pytest.fail(f"no command of the documents writes {run}, which another one reads")
 
 
 # ------------------------------------------------------------------------------------------------
-# What the data, files and placeholders of the README become.  __wrapped__: the function that a
-# fixture was made from
+# What the data, files and placeholders of the documents become
 
-def make_city(root):
-    """Cityscapes with an extra image and its automatic labels."""
-    test_cityscapes.city.__wrapped__(root)
-    test_cityscapes.extra.__wrapped__(root)
-    test_cityscapes.write_label(root, "convert_autolabelled", test_cityscapes.ERBACH,
-                                "gtFine_labelTrainIds", test_cityscapes.label_of(16, 255))
-
-
-def make_depth_folder(root):
-    """Images and depths of one's own, in 1/1000 m."""
-    for split, name in (("train", "a"), ("train", "b"), ("val", "c")):
-        test_depth_data.write_pair(root, f"images/{split}/{name}.png", f"depths/{split}/{name}.png",
-                                   (128, 192), 1000, 0)
-
-
-def make_kitti(root):
-    """KITTI with one test image: its 16 windows, and their mirror images, take long."""
-    test_depth_data.make_kitti(root)
-    lines = (root / "val.txt").read_text().splitlines(keepends=True)
-    (root / "val.txt").write_text("".join(lines[:2]))    # the first has no depth
-
-
-def make_people(root):
-    """Images and COCO-format annotations of one's own, and detected boxes."""
-    root.mkdir()
-    test_pose_data.write_set(root)
-    test_pose_data.write_boxes(root, [test_pose_data.detection(score=0.9)])
-
-
-def make_coco(root):
-    """The same, laid out as COCO is released."""
-    make_people(root)
-    for split in ("train", "val"):
-        (root / "annotations" / f"{split}.json").rename(
-            root / "annotations" / f"person_keypoints_{split}2017.json")
-        (root / "images" / split).rename(root / f"{split}2017")
-
-
-TREES = {
-    "seg-folder": test_train.make_folder, "seg-ade20k": test_data.ade.__wrapped__,
-    "seg-cityscapes": make_city, "seg-cityscapes-extra": make_city,
-    "seg-mapillary": test_cityscapes.vistas.__wrapped__, "depth-folder": make_depth_folder,
-    "depth-nyu": test_depth_data.make_nyu, "depth-kitti": make_kitti,
-    "pose-folder": make_people, "pose-coco": make_coco,
-}
 PLACEHOLDERS = {"RUN": "runs/seg-shapes", "DIR": "out", "OUT": "saved", "...": ""}
 
 
@@ -164,8 +55,8 @@ def make_official(path, key):
     """A checkpoint in the authors' layout, at a tiny width: for segmentation with ADE20K's classes,
     for depth with one pass and 8 channels in the head, as KITTI's 32 large windows take long.
     """
-    info = test_official.reduced(key.split("-")[0])[0]
-    state = {}
+    golden = Path(__file__).parent / "golden" / f"official_{key[0]}.json"
+    info, state = json.loads(golden.read_text()), {}
     for name, shape in info["state"].items():
         if ".conv_seg." in name:
             shape = [150, *shape[1:]]
@@ -189,11 +80,12 @@ def make_stable_diffusion(hub):
 
 def stand_ins(place, key):
     """Flag -> what its value becomes, for the data set `key`."""
-    tree = place / "data" / key
+    name = "-".join(key)
+    tree = place / "data" / name
     return {"--data": tree, "--train-list": tree / "train.txt", "--val-list": tree / "val.txt",
             "--train-json": tree / "annotations" / "train.json", "--images": tree / "images/train",
             "--val-json": tree / "annotations" / "val.json", "--boxes": tree / "found.json",
-            "--official": place / f"{key}.pth", "--image": place / "photos",
+            "--official": place / f"{name}.pth", "--image": place / "photos",
             "--nproc-per-node": 2, "--nnodes": 1, "--rdzv-endpoint": "localhost:0"}
 
 
@@ -202,21 +94,30 @@ def stand_ins(place, key):
 
 def train_settings(words, key):
     """One step of a tiny model on few images; a resumed run has its own recipe."""
-    if "--resume" in words:
+    if {"--resume", "--help"} & set(words):
         return []
-    task = key.split("-")[0]
     size = {"seg": "--crop 64 --head-channels 8", "depth": "--crop 128 --head-channels 8",
-            "pose": "--crop 128 --crop-width 64 --deconv-channels 8"}[task]
-    return (f"{size} --num-prompts 8 --batch 4 --micro-batch 2 --iterations 1 --eval-every 1 "
-            f"--save-every 1 --val-scenes 2 --workers 0 --device cpu"
-            f"{' --ablate-seeds 1' if '--ablate' in words else ''}").split()
+            "pose": "--crop 128 --crop-width 64 --deconv-channels 8"}[key[0]]
+    scenes = "--val-scenes 2" if key[1] == "shapes" else ""
+    return (f"{size} --num-prompts 18 --batch 4 --micro-batch 2 --iterations 1 --eval-every 1 "
+            f"--save-every 1 --workers 0 --device cpu {scenes}").split()
+
+
+def no_settings(words, key):
+    """A command that looks at its flags only."""
+    return ["--device", "cpu"]
 
 
 BENCHMARK = "--width tiny --size 8 --rounds 1 --dtype float32 --task seg --T 1 --device cpu".split()
-PROGRAMS = {  # script -> (flags to append, what it must print)
-    "train.py": (train_settings, r"^wrote (runs/\S+)/ \("),
+PROGRAMS = {  # script or module -> (flags to append, what it must print)
+    "train.py": (train_settings, r"^wrote (runs/\S+)/ \(|^usage: "),
     "eval.py": (lambda words, key: ["--workers", "0", "--device", "cpu"],
-                r"^wrote ([^\s:]+)|^ *resized "),
+                r"^wrote ([^\s:]+)|^(seg|depth|pose) on \S+$"),
+    "tools.ablate": (lambda words, key: train_settings(words, key) + ["--seeds", "1"],
+                     r"^wrote (runs/\S+)/ \("),
+    "tools.heatmaps": (no_settings, r"^wrote ([^\s:]+): .*prompts.png$"),
+    "tools.memory": (lambda words, key: ["--backbone", "tiny", "--crop", "64", "--device", "cpu"],
+                     r"^about .* GB|^fits .*--micro-batch \d+$"),
     "tests/benchmark.py": (lambda words, key: BENCHMARK, r'^{"torch": .*"rows": \[{'),
     "pytest": (lambda words, key: ["--collect-only", "-p", "no:cacheprovider"],
                r"^\d+(/\d+)? tests collected"),
@@ -230,7 +131,8 @@ def translate(command, place):
     words = [PLACEHOLDERS.get(w, w) for w in words if PLACEHOLDERS.get(w, w)]
     key = key_of(words)
     if "--data" in words and key not in TREES:
-        pytest.fail(f"tests/test_commands.py has no miniature data set {key}, for: {command}")
+        pytest.fail(f"tests/test_commands.py has no miniature data set {'-'.join(key)}, for: "
+                    f"{command}")
     values = stand_ins(place, key)
     words[1:] = [str(values.get(flag.replace("_", "-"), word))
                  for flag, word in zip(words, words[1:])]
@@ -247,35 +149,40 @@ class Stage:
 
     def __init__(self, place):
         self.place, self.outputs = place, {}
-        (place / "data").mkdir()
         make_stable_diffusion(place / "hub")
         for name, size in (("a.png", (70, 100)), ("b/c.jpg", (96, 80))):
-            test_apply.save(place / "photos" / name, test_apply.noise(*size))
+            write(place / "photos" / name, random_image(*size))
 
     def prepare(self, words):
         """Make the data set, the checkpoint and the runs that translated words name."""
         key = key_of(words)
-        if key in TREES and not (self.place / "data" / key).exists():
-            TREES[key](self.place / "data" / key)
+        tree = self.place / "data" / "-".join(key)
+        if key in TREES and not tree.exists():
+            tree.mkdir(parents=True)
+            TREES[key](tree)
         if "--official" in words:
-            make_official(self.place / f"{key}.pth", key)
+            make_official(self.place / f"{'-'.join(key)}.pth", key)
         for word in words:
             if word.startswith("runs/") and not (self.place / word).exists():
                 self.run(writer_of(word))
 
+    def start(self, words, folder=None):
+        """What words print; fails unless they end with exit code 0."""
+        environment = {**os.environ, "HF_HUB_CACHE": str(self.place / "hub"),
+                       "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, cwd=folder or self.place, env=environment,
+                              capture_output=True, text=True, timeout=3600)
+        if done.returncode:
+            pytest.fail(f"{shlex.join(words)}\nexit code {done.returncode}\n{done.stdout}"
+                        f"{done.stderr}", pytrace=False)
+        return done.stdout
+
     def run(self, command):
-        """What a command of the README prints; fails unless it ends with exit code 0."""
+        """What a command of the documents prints."""
         if command not in self.outputs:
             words = translate(command, self.place)
             self.prepare(words)
-            environment = {**os.environ, "HF_HUB_CACHE": str(self.place / "hub"),
-                           "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(words, cwd=ROOT if "pytest" in words else self.place,
-                                  env=environment, capture_output=True, text=True, timeout=3600)
-            if done.returncode:
-                pytest.fail(f"{shlex.join(words)}\nexit code {done.returncode}\n{done.stdout}"
-                            f"{done.stderr}", pytrace=False)
-            self.outputs[command] = done.stdout
+            self.outputs[command] = self.start(words, ROOT if "pytest" in words else None)
         return self.outputs[command]
 
 
@@ -307,7 +214,7 @@ def test_commands_are_found_in_blocks_and_lines():
                              "torchrun train.py"]
 
 
-def test_every_command_of_the_readme_is_known(tmp_path):
+def test_every_command_of_the_documents_is_known(tmp_path):
     """For each there is a program, a data set and something for each placeholder."""
     assert len(COMMANDS) >= 25
     for command in COMMANDS:
@@ -317,14 +224,10 @@ def test_every_command_of_the_readme_is_known(tmp_path):
                 assert writer_of(word) in COMMANDS
 
 
-def test_every_data_set_has_a_miniature():
-    """A data set that there is a recipe for has a tree here."""
-    assert set(TREES) == {"-".join(key) for key in recipes.RECIPES if key[1] != "shapes"}
-
-
 @pytest.mark.parametrize("command,message", [
     ("make all", "does not know how to run .*make all"),
     ("python new.py --task seg", "does not know how to run .*new.py"),
+    ("python -m tools.new --task seg", "does not know how to run .*tools.new"),
     ("git clone x && python train.py", "does not know how to run .*git clone"),
     ("python eval.py --protocol > file", "does not know how to run .*file"),
     ("python train.py --task seg --dataset new --data DATA", "no miniature data set seg-new"),
@@ -340,7 +243,7 @@ def test_the_requirements_are_the_promised_packages():
     allowed = {"requirements.txt": {"torch", "safetensors", "huggingface_hub", "numpy", "pillow"},
                "requirements-test.txt": {"-r requirements.txt", "pytest", "diffusers",
                                          "pycocotools"}}
-    files = re.findall(r"pip install -r (\S+)", README)
+    files = re.findall(r"pip install -r (\S+)", TEXTS[ROOT / "README.md"])
     assert sorted(files) == sorted(allowed)
     for name in files:
         lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
@@ -354,5 +257,13 @@ def test_command_runs(stage, command):
     expected = PROGRAMS[program_of(words_of(command))][1]
     result = re.search(expected, printed, re.M)
     assert result, f"{expected} is not in what was printed:\n{printed}"
-    if result.re.groups and "wrote" in result[0]:
+    if result[0].startswith("wrote"):
         assert (stage.place / result[1]).exists(), result[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("snippet", snippets(), ids=lambda s: s.splitlines()[0])
+def test_snippet_runs(stage, snippet):
+    """Python of the documents that is not quoted runs as it stands, given `images`."""
+    given = "import torch\nimages = torch.rand(1, 3, 64, 64)\n"
+    stage.start([sys.executable, "-c", given + snippet])

@@ -16,27 +16,19 @@ from ops.errors import InputError
 from sets.embedded import Shapes
 from tasks.recipes import RECIPES
 
-TREES = {  # all data sets that have files
-    ("seg", "folder"): trees.make_seg, ("seg", "ade20k"): trees.make_ade,
-    ("seg", "cityscapes"): trees.make_city, ("seg", "cityscapes-extra"): trees.make_extra,
-    ("seg", "mapillary"): trees.make_vistas, ("depth", "folder"): trees.make_depth,
-    ("depth", "nyu"): trees.make_nyu, ("depth", "kitti"): trees.make_kitti,
-    ("pose", "folder"): trees.make_people, ("pose", "coco"): trees.make_coco}
-
-
 @pytest.mark.parametrize("task, name", RECIPES)
 def test_every_recipe_opens_its_data_set(tmp_path, task, name):
     """Samples of the recipe's crop and kind in training; whole images, or crops of people, else."""
     row = RECIPES[task, name]
     crop, width = (32, 48) if task == "depth" else (64, 48 if task == "pose" else 64)
     recipe = replace(row, crop=crop, crop_width=None if width == crop else width)
-    if name != "shapes":
-        TREES[task, name](tmp_path)
+    if name == "shapes":
+        recipe = replace(recipe, files=replace(row.files, val_scenes=1))
+    else:
+        trees.TREES[task, name](tmp_path)
         lists = {"train_list": str(tmp_path / "train.txt"), "val_list": str(tmp_path / "val.txt")}
         recipe = replace(recipe, files=replace(row.files, data=str(tmp_path),
                                                **(lists if hasattr(row.files, "val_list") else {})))
-    if name == "shapes":
-        recipe = replace(recipe, files=replace(row.files, val_scenes=1))
     kind = {"seg": torch.int64, "depth": torch.float32, "pose": torch.float32}[task]
     for split in ("train", "val"):
         dataset = data.open_set(recipe, split)
@@ -52,7 +44,7 @@ def test_every_recipe_opens_its_data_set(tmp_path, task, name):
 
 def test_every_data_set_has_a_miniature():
     """A data set that there is a recipe for has a tree here."""
-    assert TREES.keys() == {key for key in RECIPES if key[1] != "shapes"}
+    assert trees.TREES.keys() == {key for key in RECIPES if key[1] != "shapes"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -93,9 +85,9 @@ def test_eval_loader_covers_once(batch):
     """Every scene once, in order, the last batch as large as what is left."""
     dataset = Shapes(5, "seg", trees.cut("val", side=32))
     batches = list(data.eval_loader(dataset, batch, workers=0))
-    names = [name for b in batches for name in b["name"]]
-    assert names == [dataset[0, index]["name"] for index in range(5)]
-    assert [len(b["image"]) for b in batches][:-1] == [batch] * (len(batches) - 1)
+    names = [name for b, _ in batches for name in b["name"]]
+    assert names == [dataset[0, index]["name"] for index in range(5)] == dataset.names()
+    assert [len(b["image"]) for b, _ in batches][:-1] == [batch] * (len(batches) - 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -127,11 +119,23 @@ def test_workers_change_nothing(tmp_path):
 
 def test_error_in_a_worker(tmp_path):
     """From a worker process it is still an InputError, whose last line names the file."""
-    dataset = opened(tmp_path / "d", "val")
-    path, = spoil(dataset, 0)
+    dataset = opened(tmp_path / "d")
+    paths = spoil(dataset, 0, 1, 2, 3)
     with pytest.raises(InputError) as error:
-        next(iter(data.eval_loader(dataset, batch=1, workers=1)))
-    assert f"{path} cannot be decoded" in str(error.value).strip().splitlines()[-1]
+        next(iter(data.train_loader(dataset, 1, 0, 0, workers=1)))
+    line = str(error.value).strip().splitlines()[-1]
+    assert any(f"{path} cannot be decoded" in line for path in paths)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_leaves_unreadable_files_out(tmp_path, workers):
+    """Their messages come beside the batch of the others; a batch of nothing else is None."""
+    dataset = opened(tmp_path / "d", "val")
+    paths = spoil(dataset, 1, 2, 3)
+    (samples, messages), (none, rest) = data.eval_loader(dataset, 2, workers)
+    assert samples["name"] == [dataset.name(0)] and none is None
+    assert all(f"{path} cannot be decoded" in message
+               for path, message in zip(paths, messages + rest, strict=True))
 
 
 def test_the_next_sample_stands_in_for_an_unreadable_one(tmp_path):

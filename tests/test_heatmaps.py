@@ -5,19 +5,19 @@ of what is drawn; the command.  tests/test_model.py proves that the head reads t
 
     python -m pytest tests/test_heatmaps.py
 """
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 from PIL import Image
+from trees import random_image, write
 
-import eval as evaluation
-from tools import heatmaps
-from ops.errors import InputError
 from model import Config, MetaPromptModel
+from ops import draw
+from ops.errors import InputError
+from tools import heatmaps
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -112,15 +112,17 @@ def test_lay_heat():
     picture = np.full((40, 40, 3), 100, np.uint8)
     values = np.full((2, 2), -7.0)
     values[:, 1] = 99
-    out = heatmaps.lay_heat(picture, values, 0.0, 10.0)
+    out = draw.lay_heat(picture, values, 0.0, 10.0)
     assert out[20, 0].tolist() == [50, 50, 115] and out[20, -1].tolist() == [160, 50, 50]
 
 
 def test_grid(tmp_path):
-    """Panels fill rows from the left, each resized to fit a cell, under its title."""
+    """Panels fill rows from the left, each in the corner of a cell as large as the largest, under
+    its title."""
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
-    panels = [(f"p{i}", np.full((60, 120, 3), c, np.uint8)) for i, c in enumerate(colours)]
-    heatmaps.save_grid(tmp_path / "new" / "a.png", panels, 2)
+    panels = [(f"p{i}", np.full((120, 240 - 40 * i, 3), c, np.uint8))
+              for i, c in enumerate(colours)]
+    draw.save_grid(tmp_path / "new" / "a.png", panels, 2)
     with Image.open(tmp_path / "new" / "a.png") as image:
         sheet = np.array(image)
     cell_height, cell_width = sheet.shape[0] // 2, sheet.shape[1] // 2
@@ -129,13 +131,20 @@ def test_grid(tmp_path):
         row, column = divmod(place, 2)
         y, x = row * cell_height + 16, column * cell_width
         assert sheet[y + 60, x + 120].tolist() == list(colour)
+        assert sheet[y + 60, x + 239].tolist() == list(colour if place == 0 else (255,) * 3)
         assert (sheet[y - 14:y - 2, x:x + 30] < 128).any() == (place < 3)      # a title
+
+
+@pytest.mark.parametrize("size, cell", [((60, 120), (120, 240)), ((480, 100), (240, 50))])
+def test_pictures_fit_their_cells(size, cell):
+    """The longer side becomes that of the cell, the aspect stays."""
+    assert heatmaps.into_cell(random_image(*size)).shape == (*cell, 3)
 
 
 def test_a_silent_prompt_stays_blue(tmp_path):
     """Side by side a row has one range: where a prompt answers one picture only, others are blue.
     """
-    pictures = [np.full((100, 100, 3), 100, np.uint8)] * 2
+    pictures = [np.full((240, 240, 3), 100, np.uint8)] * 2
     loud, silent = np.zeros((1, 4, 4)), np.zeros((1, 4, 4))
     loud[0, :, 2:], silent[0, 0, 0] = 8, 0.1
     heatmaps.save_prompts(tmp_path / "a.png", pictures, [loud, silent], ["one", "two"], [3])
@@ -153,47 +162,63 @@ def test_a_silent_prompt_stays_blue(tmp_path):
 def photos(tmp_path_factory):
     """Nine small pictures, two of them in a subfolder."""
     folder = tmp_path_factory.mktemp("photos")
-    (folder / "sub").mkdir()
-    rng = np.random.default_rng(0)
     for i in range(9):
-        pixels = rng.integers(0, 256, (64 + 8 * (i % 2), 80, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / ("sub" if i > 6 else "") / f"{i}.png")
+        write(folder / ("sub" if i > 6 else "") / f"{i}.png", random_image(64 + 8 * (i % 2), 80, i))
     return folder
 
 
-@pytest.mark.parametrize("task, flag, count, folder", [
-    ("seg", "2", 2, "."), ("pose", "4,1,0", 3, "sub"), ("depth", "3,", 1, "sub")])
-def test_command(tmp_path, photos, monkeypatch, capsys, task, flag, count, folder):
-    """A sheet for each picture, and one of up to 8 pictures by prompts; the prompts are told."""
+def saved_run(folder, task="seg", **changes):
+    """A run folder with an untrained model."""
     torch.manual_seed(0)
-    MetaPromptModel(Config(task=task, **TINY)).save_pretrained(tmp_path / "best")
-    (tmp_path / "recipe.json").write_text(json.dumps({"task": task, "dataset": "folder",
-                                                      "crop": 64}))
+    model = MetaPromptModel(Config(task=task, **{**TINY, **changes}))
+    model.save_pretrained(folder / "best")
+    return folder
+
+
+def run(monkeypatch, *flags):
+    """The command in this process."""
+    monkeypatch.setattr(sys, "argv", ["heatmaps", *map(str, flags), "--precision", "float32"])
+    heatmaps.main()
+
+
+@pytest.mark.parametrize("task, flag, count, folder, wide", [
+    ("seg", "2", 2, ".", 244), ("pose", "4,1,0", 3, "sub", 187 + 4),
+    ("depth", "3,", 1, "sub", 244)])
+def test_command(tmp_path, photos, monkeypatch, capsys, task, flag, count, folder, wide):
+    """A sheet for each picture, and one of up to 8 pictures by prompts; the prompts are told."""
     out, images = tmp_path / "out", photos / folder
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", str(tmp_path), "--image",
-                                      str(images), "--out", str(out), "--precision",
-                                      "float32", "--heatmaps", flag])
-    evaluation.main()
+    run(monkeypatch, "--checkpoint", saved_run(tmp_path, task), "--image", images, "--out", out,
+        "--prompts", flag)
     line, = [x for x in capsys.readouterr().out.splitlines() if x.startswith("prompts")]
-    chosen = line.removeprefix("prompts").split(":")[0].replace(" ", "").split(",")
+    chosen = line.removeprefix("prompts").replace(" ", "").split(",")
     assert len(chosen) == count and (task == "seg" or chosen == flag.strip(",").split(","))
     assert ({p.relative_to(out) for p in out.rglob("*_heatmaps.png")}
             == {p.relative_to(images).with_name(f"{p.stem}_heatmaps.png")
                 for p in images.rglob("*.png")})
     with Image.open(out / "prompts.png") as image:
-        assert image.width == min(8, len(list(images.rglob("*.png")))) * 244
+        assert image.width == min(8, len(list(images.rglob("*.png")))) * wide
         assert image.height % (count + 1) == 0
     with Image.open(next(out.rglob("*_heatmaps.png"))) as image:
-        assert image.width == min(4, count + 1) * 244
+        assert image.width == min(4, count + 1) * wide
 
 
 def test_one_picture(tmp_path, photos, monkeypatch):
     """With a single picture six prompts are the default, one column is drawn."""
-    MetaPromptModel(Config(**{**TINY, "num_prompts": 7})).save_pretrained(tmp_path / "best")
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", str(tmp_path), "--dataset",
-                                      "folder", "--image", str(photos / "0.png"), "--precision",
-                                      "float32", "--heatmaps"])
-    evaluation.main()
+    run(monkeypatch, "--checkpoint", saved_run(tmp_path, num_prompts=7), "--image",
+        photos / "0.png")
     with Image.open(tmp_path / "predictions" / "prompts.png") as image:
         assert image.width == 244 and image.height % 7 == 0
-    assert Path(tmp_path / "predictions" / "0_heatmaps.png").is_file()
+    assert (tmp_path / "predictions" / "0_heatmaps.png").is_file()
+
+
+def test_refusals(tmp_path, photos, monkeypatch, capsys):
+    """What cannot be drawn ends with exit code 2 and one line, and writes nothing."""
+    saved_run(tmp_path)
+    for flags, message in (
+            (["--image", photos, "--prompts", "9"], "the model has 5 prompts"),
+            (["--image", tmp_path / "nowhere"], "nowhere does not exist"),
+            (["--image", photos, "--export", tmp_path], "--export"),
+            ([], "required: --image")):
+        code, stderr = refused(heatmaps.main, monkeypatch, capsys, "--checkpoint", tmp_path, *flags)
+        assert code == 2 and stderr.count("\n") == 1 and message in stderr, stderr
+    assert not (tmp_path / "predictions").exists()

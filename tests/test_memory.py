@@ -1,20 +1,21 @@
-"""The estimate of a step's memory, against the same step with real tensors; what --memory does.
+"""The estimate of a step's memory, against the same step with real tensors; the flags that fit.
 
     pytest tests/test_memory.py
 """
-from dataclasses import replace
+import sys
 
 import pytest
-import test_train
 import torch
+from helpers import HEAD, TINY, refused
 
-from tools import memory
 import train
-from ops.errors import InputError
 from model import Config, MetaPromptModel
+from ops.errors import InputError
+from tasks.flags import resolve
+from tasks.recipes import find_recipe
+from tools import memory
 from unet import UNetConfig
 from vae import VAEConfig
-from tasks.recipes import RECIPES, read_recipe
 
 CPU = torch.device("cpu")
 SMALL = dict(num_prompts=8, refine_steps=2, head_channels=16, num_classes=5,
@@ -28,47 +29,61 @@ def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=1e-3, fused=True)
 
 
-def fit(monkeypatch, task: str, **changes):
-    """Micro-batch that `memory.fit` chooses if the weights take 13 GB and every image 3.5."""
-    monkeypatch.setattr(memory, "step_peak",
-                        lambda config, shape, *_: round(13e9 + 3.5e9 * shape[0]))
-    recipe = replace(RECIPES[task, {"seg": "ade20k", "depth": "nyu"}[task]], **changes)
-    chosen = memory.fit(recipe, None, lambda: (3, 64, 64), None, CPU, torch.float32)
-    assert replace(chosen, micro_batch=recipe.micro_batch) == recipe
-    return chosen.micro_batch
-
+# ------------------------------------------------------------------------------------------------
+# The flags that fit
 
 @pytest.mark.parametrize("task,gigabytes,chosen", [
     ("seg", 20.9, None), ("seg", 21, 2), ("seg", 24, 2), ("seg", 48, 8), ("seg", 80, 16),
     ("depth", 17, None), ("depth", 17.5, 1), ("depth", 24, 2), ("depth", 48, 8), ("depth", 80, 12)])
-def test_memory_takes_the_largest_micro_batch_that_fits(monkeypatch, task, gigabytes, chosen):
-    """A divisor of the batch, two or more for seg; nothing else changes; refused if none fits."""
-    if chosen is None:
-        with pytest.raises(InputError, match=f"--memory {gigabytes:g}: the smallest step"):
-            fit(monkeypatch, task, memory=gigabytes)
-    else:
-        assert fit(monkeypatch, task, memory=gigabytes) == chosen
+def test_the_largest_micro_batch_that_fits(monkeypatch, task, gigabytes, chosen):
+    """A divisor of the batch, two or more for seg; refused if none fits.
 
-
-def test_memory_divides_a_processs_share(monkeypatch):
-    """With four processes a micro-batch divides a quarter of the batch."""
-    monkeypatch.setattr(memory.parallel, "world", lambda: 4)
-    assert fit(monkeypatch, "seg", memory=80) == 4
-
-
-def test_a_run_keeps_what_memory_chose(tmp_path, monkeypatch):
-    """recipe.json holds the micro-batch; a resumed run does not choose again."""
-    asked = []
+    Weights are taken to need 13 GB, every image 3.5.
+    """
     monkeypatch.setattr(memory, "step_peak",
-                        lambda config, shape, *_: asked.append(shape) or 10**9 * shape[0])
-    recipe = test_train.recipe(tmp_path, "--memory", 5.5, "--iterations", 1)
-    train.train(recipe, resume=False)
-    kept = read_recipe(tmp_path / "recipe.json")
-    assert asked == [(2, 3, 64, 64), (4, 3, 64, 64)]
-    assert kept == replace(recipe, micro_batch=4)
-    train.train(replace(kept, iterations=2), resume=True)
-    assert len(asked) == 2
+                        lambda config, shape, *_: round(13e9 + 3.5e9 * shape[0]))
+    recipe = find_recipe(task, {"seg": "ade20k", "depth": "nyu"}[task])
+    if chosen is None:
+        with pytest.raises(InputError, match=f"--fit {gigabytes:g}: the smallest step"):
+            memory.fit(recipe, gigabytes)
+    else:
+        assert memory.fit(recipe, gigabytes) == chosen
 
+
+def test_the_command_prints_flags_that_train_takes(monkeypatch, capsys):
+    """Without data: the estimate of the recipe's step, or a command line for train.py."""
+    monkeypatch.setattr(memory, "step_peak", lambda config, shape, *_: 10**9 * shape[0])
+    words = ["--task", "depth", "--dataset", "nyu", "--crop", "448"]
+    monkeypatch.setattr(sys, "argv", ["memory", *words])
+    memory.main()
+    assert capsys.readouterr().out == "about 4.0 GB for a step with --micro-batch 3\n"
+    monkeypatch.setattr(sys, "argv", ["memory", *words, "--fit", "9.5"])
+    memory.main()
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("fits 9.5 GB: python train.py ")
+    assert resolve(line.split("train.py ")[1].split())[0].micro_batch == 8
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--fit", "0"], "--fit 0: gigabytes of one GPU"), (["--fit", "much"], "--fit"),
+    (["--memory", "24"], "--memory")])
+def test_bad_flags_are_refused_in_one_line(monkeypatch, capsys, flags, message):
+    """Exit code 2 and one line."""
+    code, stderr = refused(memory.main, monkeypatch, capsys, *flags)
+    assert code == 2 and stderr.count("\n") == 1 and message in stderr
+
+
+def test_a_resumed_run_keeps_its_micro_batch(tmp_path, monkeypatch, capsys):
+    """--resume is refused."""
+    flags = [*TINY, *HEAD, "--val-scenes", "2", "--iterations", "1", "--out", str(tmp_path)]
+    train.train(resolve(flags)[0], resume=False)
+    capsys.readouterr()
+    code, stderr = refused(memory.main, monkeypatch, capsys, "--resume", tmp_path)
+    assert code == 2 and "--resume: a run keeps its micro-batch" in stderr
+
+
+# ------------------------------------------------------------------------------------------------
+# The estimate
 
 def real_peak(config: Config, shape: tuple[int, ...]) -> int:
     """Bytes of all tensors alive at the peak of two real steps with all classes."""
@@ -104,3 +119,10 @@ def test_checkpointing_and_accumulation_are_seen():
              for accumulate, checkpointing in ((False, False), (False, True), (True, True))]
     assert peaks[1] < 0.8 * peaks[0]
     assert peaks[1] < peaks[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["seg", "depth", "pose"])
+def test_every_task_is_estimated(task):
+    """A step of each embedded recipe, its optimiser and targets included."""
+    assert 0.01 < memory.step_gb(find_recipe(task, "shapes")) - memory.OTHER_GB < 20

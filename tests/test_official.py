@@ -3,10 +3,9 @@
     pytest tests/test_official.py        (with -m slow: all names at SD1.5's full width)
 
 The reduced golden cases of tests/golden always run; the whole fixtures, which are too large to
-ship, run where OFFICIAL_FIXTURES names a folder that holds them.
+ship, run where ../shared/fixtures exists.
 """
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -24,21 +23,13 @@ from unet import UNetConfig
 from vae import VAEConfig
 
 GOLDEN = Path(__file__).parent / "golden"
-FIXTURES = Path(os.environ.get("OFFICIAL_FIXTURES", "not there"))
 TASKS = ("seg", "depth")
-needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="needs OFFICIAL_FIXTURES")
 
 
-def reduced(task):
-    """(config json, tensors) of the reduced case: one image, subsampled outputs."""
-    return (json.loads((GOLDEN / f"official_{task}.json").read_text()),
-            load_file(GOLDEN / f"official_{task}.safetensors"))
-
-
-def full(task):
-    """(config json, tensors, images in [0, 1]) of the whole fixture."""
-    info = json.loads((FIXTURES / "fixtures" / f"{task}_tiny.json").read_text())
-    tensors = load_file(FIXTURES / "fixtures" / f"{task}_tiny.safetensors")
+def fixture(task):
+    """(config json, tensors, images in [0, 1]) of the authors' model at a tiny width."""
+    info = json.loads((GOLDEN / f"official_{task}.json").read_text())
+    tensors = load_file(GOLDEN / f"official_{task}.safetensors")
     images = tensors["image"] if task == "depth" else (tensors["image"] + 1) / 2
     return info, tensors, images
 
@@ -65,50 +56,34 @@ def maps_and_output(model, images):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_reduced_case_gives_the_authors_numbers(task, tmp_path):
-    """Latents, rearranged maps and prediction of the authors' code, subsampled (< 5e-5)."""
-    info, tensors = reduced(task)
-    model, images = load_fixture(info, tmp_path).double(), tensors["image"].double()
-    with torch.no_grad():
-        assert relative_error(model.encode(images), tensors["latents"]) < 5e-5
-    maps, output = maps_and_output(model, images)
-    for i, m in enumerate(maps):
-        assert relative_error(m.flatten()[::info["stride"]], tensors[f"rearranged{i}"]) < 5e-5
-    assert relative_error(output.flatten()[::info["output_stride"]], tensors["output"]) < 5e-5
-
-
-@needs_fixtures
-@pytest.mark.parametrize("task", TASKS)
 def test_outputs_equal_the_authors(task, tmp_path):
-    """Whole fixture: latents, maps and prediction (largest relative error < 5e-5, printed)."""
-    info, tensors, images = full(task)
+    """Latents, rearranged maps and prediction of the authors' code (largest relative error < 5e-5).
+    """
+    info, tensors, images = fixture(task)
     model, images = load_fixture(info, tmp_path).double(), images.double()
     with torch.no_grad():
         errors = {"latents": relative_error(model.encode(images), tensors["latents"])}
     maps, output = maps_and_output(model, images)
     for i, m in enumerate(maps):
         name = f"rearranged{i}" if task == "seg" else "rearranged"
-        errors[name] = relative_error(m, tensors[name])
-    name = "logits" if task == "seg" else "pred"
-    errors[name] = relative_error(output, tensors[name])
+        errors[name] = relative_error(m.flatten()[::info["stride"]], tensors[name])
+    errors["output"] = relative_error(output.flatten()[::info["output_stride"]], tensors["output"])
     print("\n" + "  ".join(f"{k} {v:.1e}" for k, v in errors.items()))
     assert max(errors.values()) < 5e-5
 
 
-@needs_fixtures
 def test_sliding_window_equals_the_authors(tmp_path):
     """Probabilities after the authors' sliding window (128, stride 85) on a 160x224 image."""
-    info, tensors, _ = full("seg")
+    info, tensors, _ = fixture("seg")
     model = load_fixture(info, tmp_path).double()
     protocol = seg.Protocol(None, info["slide"]["crop"][0], info["slide"]["stride"][0])
     images = (tensors["slide_image"].double() + 1) / 2
     probs = seg.predict(model, images, images.shape[-2:], protocol, torch.float32)
-    error = relative_error(probs, tensors["slide_prob"])
+    error = relative_error(probs.flatten()[::info["output_stride"]], tensors["slide_prob"])
     print(f"\nslide {error:.1e}")
     assert error < 1e-4
 
 
-@needs_fixtures
 @pytest.mark.parametrize("task", TASKS)
 def test_losses_and_gradients_equal_the_authors(task, tmp_path):
     """The training losses (< 1e-6), the gradient norm of each trained tensor (< 5e-3, and 5e-6 for
@@ -116,7 +91,7 @@ def test_losses_and_gradients_equal_the_authors(task, tmp_path):
 
     The authors ran float32, whose own rounding moves single norms by up to 5e-3, all by 1e-4.
     """
-    info, tensors, images = full(task)
+    info, tensors, images = fixture(task)
     model, images = load_fixture(info, tmp_path).double().train(), images.double()
     if task == "seg":
         losses = model.loss(images, tensors["gt"][:, 0].long())
@@ -145,11 +120,10 @@ def test_losses_and_gradients_equal_the_authors(task, tmp_path):
         assert target is None or named[target].grad is None, name
 
 
-@needs_fixtures
 @pytest.mark.parametrize("task", TASKS)
 def test_optimiser_groups_equal_the_authors(task, tmp_path):
     """Learning rate and weight decay of every tensor as the authors' constructor assigns them."""
-    info, _, _ = full(task)
+    info, _, _ = fixture(task)
     model = load_fixture(info, tmp_path)
     flags = (8e-5, 0.1, 1e-3) if task == "seg" else (1.0, 0.01, 0.1)
     groups = {}
@@ -171,12 +145,12 @@ def test_optimiser_groups_equal_the_authors(task, tmp_path):
 def test_configuration_is_read_off_the_tensors(prefix, tmp_path):
     """Task, T, N, classes and widths come from the shapes, with or without `module.` in front."""
     seg = MetaPromptModel.from_official(
-        official_file(reduced("seg")[0], tmp_path / "seg.pth", prefix)).config
+        official_file(fixture("seg")[0], tmp_path / "seg.pth", prefix)).config
     assert (seg.task, seg.refine_steps, seg.num_prompts, seg.num_classes) == ("seg", 3, 32, 19)
     assert (seg.unet.channels, seg.vae.channels) == ((32, 32, 64, 64), (32, 64, 128, 128))
     assert (seg.shared_prompts, seg.prompt_adapter, seg.head_channels) == (True, False, 64)
     depth = MetaPromptModel.from_official(
-        official_file(reduced("depth")[0], tmp_path / "depth.ckpt", prefix), max_depth=80.0,
+        official_file(fixture("depth")[0], tmp_path / "depth.ckpt", prefix), max_depth=80.0,
         resize_scale=2).config
     assert (depth.task, depth.num_prompts, depth.max_depth, depth.resize_scale) == \
         ("depth", 50, 80.0, 2)
@@ -185,7 +159,7 @@ def test_configuration_is_read_off_the_tensors(prefix, tmp_path):
 
 def test_loading_and_saving_in_our_format_keeps_every_value(tmp_path):
     """from_official, save_pretrained, from_pretrained: same tensors, same configuration."""
-    model = load_fixture(reduced("depth")[0], tmp_path)
+    model = load_fixture(fixture("depth")[0], tmp_path)
     model.save_pretrained(tmp_path / "ours")
     again = MetaPromptModel.from_pretrained(tmp_path / "ours")
     assert again.config == model.config
@@ -198,7 +172,7 @@ class Foreign:
 
 def spoiled(kind, tmp_path):
     """A checkpoint with one defect, and what the message must say."""
-    path = official_file(reduced("seg")[0], tmp_path / "c.pth")
+    path = official_file(fixture("seg")[0], tmp_path / "c.pth")
     contents = torch.load(path, weights_only=False)
     state = contents["state_dict"]
     if kind == "alias":
@@ -233,7 +207,7 @@ def test_spoiled_checkpoints_are_refused(kind, tmp_path):
 
 def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     """Truncated, empty, missing files and pickles of something else are named."""
-    path = official_file(reduced("seg")[0], tmp_path / "c.pth")
+    path = official_file(fixture("seg")[0], tmp_path / "c.pth")
     path.write_bytes(path.read_bytes()[:5000])
     for source, message in ((path, "not a complete checkpoint"),
                             (tmp_path / "no", "does not exist")):
@@ -245,12 +219,10 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-@needs_fixtures
 @pytest.mark.parametrize("name,keys", [("seg_ade20k", 918), ("depth_nyu", 912)])
 def test_full_width_files_load_with_no_name_left_over(name, keys, tmp_path):
     """All official names and shapes at SD1.5's width; aliases share storage, values are checked."""
-    shapes = json.loads((FIXTURES / "data" / f"state_dict_{name}.json").read_text())
-    shapes = shapes.get("state", shapes)
+    shapes = json.loads((GOLDEN / f"official_{name}.json").read_text())
     assert len(shapes) == keys
     state = {n: draw(n, s, 0) for n, s in shapes.items()}
     path = tmp_path / "official.pth"

@@ -2,28 +2,24 @@
 
 Proven here: the figures of tests/golden/oks.json, which another implementation computed; equality
 with pycocotools, through the same json files, on those cases and on 200 random ones; each rule of
-the evaluation by a case small enough to do by hand; how bad files are refused.
+the evaluation by a case small enough to do by hand.
 
     python -m pytest tests/test_oks.py
 """
-import contextlib
-import io
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from trees import coco_file as coco
+from trees import pycocotools_evaluation, random_case, write_case
 
 from ops import oks
-from ops.errors import InputError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "oks.json").read_text())
 CASES = GOLDEN["cases"]
 SEEDS = range(200)
-BORDERS = (32, 96)  # sides of squares whose area is at a border of the ranges
 
 
 # ------------------------------------------------------------------------------------------------
@@ -44,74 +40,6 @@ def result(image: int, points, score: float = 0.5, **fields) -> dict:
     return {"image_id": image, "category_id": 1, "keypoints": keypoints, "score": score, **fields}
 
 
-def coco(*people: dict, images=(1, 2)) -> dict:
-    """A parsed annotation file; ids are given in turn."""
-    return {"images": [{"id": image} for image in images],
-            "annotations": [{**entry, "id": i} for i, entry in enumerate(people, 1)],
-            "categories": [{"id": 1, "name": "person"}]}
-
-
-def random_person(rng, image: int) -> dict:
-    """A person of any size: 20 % crowds, 30 % nobody labelled, some areas exactly at a border.
-
-    In some num_keypoints contradicts the keypoints: the field decides who is ignored.
-    """
-    side, corner = np.exp(rng.uniform(np.log(20), np.log(300), 2)).round(), rng.integers(0, 300, 2)
-    visible = rng.integers(0, 3, 17) * (rng.random() > 0.3)
-    points = (corner + rng.random((17, 2)) * side).astype(int) * (visible > 0)[:, None]
-    count = int((visible > 0).sum())
-    area = round(float(side.prod()) * 0.6, 2)
-    return {"image_id": image, "category_id": 1, "iscrowd": int(rng.random() < 0.2),
-            "bbox": [*map(float, corner), *map(float, side)],
-            "area": area if rng.random() < 0.8 else float(rng.choice(BORDERS) ** 2),
-            "keypoints": np.column_stack((points, visible)).ravel().tolist(),
-            "num_keypoints": count if rng.random() < 0.95 else int(count == 0)}
-
-
-def random_result(rng, image: int, target: dict | None, with_box: bool) -> dict:
-    """A pose near that of `target` or anywhere, often tied in score, sometimes exact."""
-    points = rng.integers(0, 300, 2) + rng.random((17, 2)) * rng.integers(10, 200)
-    if target:
-        x, y, w, h = target["bbox"]
-        truth = np.reshape(target["keypoints"], (17, 3))
-        near = truth[:, :2] + (rng.normal(size=(17, 2)) * 2 * oks.SIGMAS[:, None] * w ** 0.5
-                               * h ** 0.5 * rng.choice([0, 0.2, 0.5, 1, 3]))
-        points = np.where(truth[:, 2:] > 0, near, (x, y) + rng.random((17, 2)) * (w, h))
-    if rng.random() < 0.2:  # an extent exactly at a border of the ranges
-        corner, side = np.floor(points[0]), rng.choice(BORDERS)
-        points = np.clip(points, corner, corner + side)
-        points[:2] = corner, corner + side
-    points = points.round(2)
-    fields = {}
-    if with_box:
-        side = np.ptp(points, axis=0).round() + rng.integers(0, 2) * 10
-        fields["bbox"] = [*points.min(axis=0).tolist(), *side.tolist()]
-    keypoints = np.column_stack((points, rng.random(17).round(2))).ravel().tolist()
-    return {"image_id": image, "category_id": 1, "keypoints": keypoints,
-            "score": int(rng.integers(0, 40)) / 40, **fields}
-
-
-def random_case(rng, images: int, people: int, results: int) -> tuple[dict, list[dict]]:
-    """(annotations, results) of that size; a third of the images has no people, some no results.
-
-    Some people are there twice, so that OKS are tied.  COCO's validation set: 5000, 11004, 104125.
-    """
-    ids = (rng.permutation(3 * images)[:images] + 1).tolist()
-    crowded = ids[:math.ceil(images * 2 / 3)]
-    truth = []
-    for image in rng.choice(crowded, people).tolist():
-        truth.append(random_person(rng, image))
-        if len(truth) > 1 and rng.random() < 0.1:
-            truth[-1] = {**truth[-2], "iscrowd": truth[-1]["iscrowd"], "area": truth[-1]["area"]}
-    with_box = rng.random() < 0.3
-    found = []
-    for _ in range(results):
-        target = truth[rng.integers(people)] if people and rng.random() < 0.7 else None
-        image = target["image_id"] if target else int(rng.choice(ids))
-        found.append(random_result(rng, image, target, with_box))
-    return coco(*truth, images=ids), found
-
-
 def small_case(seed: int) -> tuple[dict, list[dict]]:
     """A random case of 1..5 images, 0..9 people and 1..50 results."""
     rng = np.random.default_rng(seed)
@@ -119,29 +47,10 @@ def small_case(seed: int) -> tuple[dict, list[dict]]:
                        int(rng.integers(1, 51)))
 
 
-def write_files(folder: Path, annotations: dict, results: list[dict]) -> tuple[str, str]:
-    """Paths of the annotation and the result file, written to `folder`."""
-    paths = folder / "annotations.json", folder / "results.json"
-    for path, content in zip(paths, (annotations, results)):
-        path.write_text(json.dumps(content))
-    return str(paths[0]), str(paths[1])
-
-
-def pycocotools_evaluation(annotations: str, results: str) -> COCOeval:
-    """pycocotools' evaluation of two files: its .stats, .eval["precision"], .ious, ..."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(annotations)
-        evaluation = COCOeval(truth, truth.loadRes(results), "keypoints")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation
-
-
 def oks_by_image(annotations: dict, results: list[dict]) -> dict[int, np.ndarray]:
     """OKS of each image that has people: detections by score, people in file order."""
     truth = oks.truth_rows(annotations)
-    found = oks.detection_rows(results, oks.image_ids(annotations))
+    found = oks.detection_rows(results)
     return {image: oks.oks_matrix(found["keypoints"][found["image"] == image],
                                   truth[truth["image"] == image])
             for image in np.unique(truth["image"]).tolist()}
@@ -156,9 +65,9 @@ def assert_same(found, expected) -> None:
 
 def assert_pycocotools(folder: Path, annotations: dict, results: list[dict]) -> dict:
     """OKS, precision, recall, statistics are pycocotools', through files; returns the last."""
-    paths = write_files(folder, annotations, results)
+    paths = write_case(folder, annotations, results)
     oracle = pycocotools_evaluation(*paths)
-    annotations, results = json.loads(Path(paths[0]).read_text()), oks.read_results(paths[1])
+    annotations, results = (json.loads(Path(path).read_text()) for path in paths)
     for image, matrix in oks_by_image(annotations, results).items():
         assert_same(matrix, np.reshape(oracle.ious[image, 1], matrix.shape))
     precision, recall = oks.precision_recall(annotations, results)
@@ -225,7 +134,7 @@ def test_random_cases_are_hard():
                 "crowd with keypoints": (truth["crowd"] & labelled).any(),
                 "the field decides": (labelled & ~truth["crowd"] & truth["ignored"][:, 0]).any(),
                 "nobody": len(truth) == 0, "all ignored": truth["ignored"][:, 0].all(),
-                "no results": set(oks.image_ids(annotations)) - set(found),
+                "no results": {image["id"] for image in annotations["images"]} - set(found),
                 "false positives": set(found) - set(truth["image"]),
                 "20 exceeded": max(map(found.count, found)) > oks.MAX_DETECTIONS,
                 "boxes": "bbox" in results[0], "extents": "bbox" not in results[0],
@@ -268,7 +177,7 @@ def test_id_zero(tmp_path):
     annotations = coco(person(1, (9, 9)))
     annotations["annotations"][0]["id"] = 0
     assert oks.evaluate(annotations, [result(1, (9, 9))])["AP"] == pytest.approx(1)
-    files = write_files(tmp_path, annotations, [result(1, (9, 9))])
+    files = write_case(tmp_path, annotations, [result(1, (9, 9))])
     assert pycocotools_evaluation(*files).stats[0] == 0  # so that it can't be the oracle here
 
 
@@ -390,79 +299,3 @@ def test_nms_threshold_is_float32_and_strict():
     assert kept(0.9 - 1e-6) == [0, 1]
     assert kept(0.9 + 1e-9) == [0, 1]
     assert kept(0.9 + 1e-6) == [0]
-
-
-# ------------------------------------------------------------------------------------------------
-# Bad input
-
-@pytest.mark.parametrize("change,message", [
-    ({"keypoints": [1.0] * 34}, r"keypoints is \[1.0.* \(34 values\).* a list of 51 finite number"),
-    ({"keypoints": None}, "keypoints is None, .* a list of 51 finite numbers"),
-    ({"keypoints": [math.nan] * 51}, r"keypoints is \[nan.* a list of 51 finite numbers"),
-    ({"keypoints": ["1"] * 51}, r"keypoints is \['1'.* a list of 51 finite numbers"),
-    ({"score": math.inf}, "score is inf, but should be a finite number"),
-    ({"score": "0.9"}, "score is '0.9', but should be a finite number"),
-    ({"score": 10 ** 400}, "score is 1000.*, but should be a finite number"),
-    ({"image_id": "1"}, "image_id is '1', but should be the id of an image of the annotation"),
-    ({"category_id": None}, "category_id is None, but should be a finite number"),
-    ({"bbox": [1, 2, 3]}, r"bbox is \[1, 2, 3\] \(3 values\), .* a list of 4 finite numbers")])
-def test_bad_results(change, message, tmp_path):
-    """A bad entry is named by its place and image, in the file and in what is evaluated."""
-    good = result(2, (9, 9), bbox=[0, 0, 9, 9])
-    image = change.get("image_id", 2)
-    message = rf"results entry 1 \(image {image!r}\): {message}"
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps([good, {**good, **change}]))
-    with pytest.raises(InputError, match=message):
-        oks.read_results(path)
-    with pytest.raises(InputError, match=message):
-        oks.evaluate(coco(person(2, (9, 9))), [good, {**good, **change}])
-
-
-def test_unknown_image():
-    """A result for an image that the annotation file doesn't hold is refused."""
-    with pytest.raises(InputError, match=r"entry 1 \(image 7\): image_id is 7, but should be"):
-        oks.evaluate(coco(person(2, (9, 9))), [result(2, (9, 9)), result(7, (9, 9))])
-
-
-@pytest.mark.parametrize("content,message", [
-    ("[{]", "cannot be read as JSON"),
-    ('{"annotations": []}', "holds dict .* should hold a list of results"),
-    ("[3]", "results entry 0 is 3, but should be an object with image_id")])
-def test_bad_result_files(content, message, tmp_path):
-    """A file that isn't a JSON list of objects is refused, and so is one that isn't there."""
-    path = tmp_path / "results.json"
-    with pytest.raises(InputError, match="cannot be read as JSON .*No such file"):
-        oks.read_results(path)
-    path.write_text(content)
-    with pytest.raises(InputError, match=message):
-        oks.read_results(path)
-
-
-def test_good_result_file(tmp_path):
-    """What is in a good file is returned as it is; an empty list is good."""
-    path = tmp_path / "results.json"
-    for results in ([], [result(2, (9, 9)), result(1, (3, 4), 0.25)]):
-        path.write_text(json.dumps(results))
-        assert oks.read_results(path) == results
-
-
-@pytest.mark.parametrize("field", ["image_id", "category_id", "area", "bbox", "keypoints",
-                                   "num_keypoints"])
-def test_bad_annotations(field):
-    """An annotation that lacks something is named by its place, id and image."""
-    annotations = coco(person(1, (9, 9)), person(2, (9, 9)))
-    del annotations["annotations"][1][field]
-    image = None if field == "image_id" else 2
-    message = rf"annotation 1 \(id 2, image {image}\): {field} is None, but should be"
-    with pytest.raises(InputError, match=message):
-        oks.evaluate(annotations, [])
-
-
-@pytest.mark.parametrize("annotations", [
-    [], {"images": [{"id": 1}]}, {"images": [{}], "annotations": []},
-    {"images": [{"id": "1"}], "annotations": []}, {"images": [], "annotations": [3]}])
-def test_not_coco(annotations):
-    """Annotations of another form are refused."""
-    with pytest.raises(InputError, match="not COCO's: they should hold a list 'images'"):
-        oks.evaluate(annotations, [])

@@ -2,6 +2,8 @@
 
     python -m pytest tests/test_set_files.py
 """
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -44,8 +46,8 @@ def test_missing_folders_images_and_labels(tmp_path):
     (images / "d.txt").write_text("")
     with pytest.raises(InputError, match="images holds no image"):
         files.list_pairs(images, labels)
-    for name in ("images/a.jpg", "images/sub/c.jpg", "labels/a.png"):
-        write(tmp_path / name, np.zeros((2, 2)))
+    for name in ("images/a.jpg", "images/._a.jpg", "images/sub/c.jpg", "labels/a.png"):
+        write(tmp_path / name, np.zeros((2, 2)))         # ._: macOS' shadows, no images
     with pytest.raises(InputError, match=r"sub/c.jpg has no label .*sub/c.png \(1 of 2"):
         files.list_pairs(images, labels)
 
@@ -53,9 +55,34 @@ def test_missing_folders_images_and_labels(tmp_path):
 @pytest.mark.parametrize("length", [1, 49, 50, 99, 100, 20_210])
 def test_checked_files_are_spread(length):
     """All of a small set, about fifty of a large one, from its beginning to its end."""
-    chosen = files.checked_indices(length)
+    chosen = files.check_some(lambda i: i, length)
     assert len(chosen) == length if length <= 50 else 50 <= len(chosen) < 100
     assert chosen[0] == 0 and chosen[-1] >= length - length // 50 - 1
+
+
+@pytest.mark.parametrize("length, bad, refused", [
+    (100, [8], False), (100, [8, 10], True), (99, [7], True), (1, [0], True),
+    (20_210, range(0, 404 * 49, 404), False), (20_210, range(20_210), True)])
+def test_a_set_is_checked_as_it_is_trained_on(length, bad, refused):
+    """One broken file in a hundred is skipped, more are refused, and all, with the last's name."""
+    def load(i):
+        if i in bad:
+            raise InputError(f"file {i} is broken")
+        return i
+
+    if refused:
+        with pytest.raises(InputError, match=r"^file \d+ is broken$"):
+            files.check_some(load, length)
+    else:
+        assert not {*files.check_some(load, length)} & {*bad}
+
+
+def test_names_of_exported_files():
+    """Flat where they differ, else below the images' common folder."""
+    assert files.relative_names(["/d/a/x.png", "/d/b/y.1.jpg"]) == {
+        "/d/a/x.png": Path("x"), "/d/b/y.1.jpg": Path("y.1")}
+    assert files.relative_names(["/d/v/a/x.png", "/d/v/b/x.png"]) == {
+        "/d/v/a/x.png": Path("a/x"), "/d/v/b/x.png": Path("b/x")}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -113,7 +140,7 @@ def test_values_of_unknown_range_are_refused(tmp_path):
     for values, message in ((np.ones((2, 2), np.float32), "floating-point pixels: 8 or 16 bits"),
                             (np.full((2, 2), 70_000, np.int32), "values 70000 to 70000")):
         path = saved(tmp_path / "a.tif", Image.fromarray(values))
-        with pytest.raises(InputError, match=f"a.tif cannot be decoded .{message}"):
+        with pytest.raises(InputError, match=f"a.tif cannot be decoded .ValueError: {message}"):
             files.load_image(path)
 
 
@@ -140,7 +167,7 @@ def test_16_bit_label(tmp_path):
 
 
 def test_labels_and_depth_of_another_kind(tmp_path):
-    """Colours are no labels, eight bits no depth, other sizes than the image's no target."""
+    """Colours are no labels; colours, eight bits, floats and negative numbers no depth."""
     path = write(tmp_path / "b.png", random_image(20, 30))
     with pytest.raises(InputError, match="b.png has 3 channels: .*class numbers"):
         files.load_label(path)
@@ -148,8 +175,34 @@ def test_labels_and_depth_of_another_kind(tmp_path):
         files.load_depth(path)
     with pytest.raises(InputError, match="b.png is uint8 of shape"):
         files.load_depth(write(path, np.zeros((20, 30))))
-    with pytest.raises(InputError, match="b.png is 20x30, its image 30x20"):
-        files.same_size(random_image(20, 30), np.zeros((30, 20)), path)
+    with pytest.raises(InputError, match="a.tif is float32 of shape"):
+        files.load_depth(saved(tmp_path / "a.tif", Image.fromarray(np.ones((2, 2), np.float32))))
+    with pytest.raises(InputError, match="a.tif holds the value -7: depth is 0"):
+        files.load_depth(saved(tmp_path / "a.tif", Image.fromarray(np.array([[9, -7]], np.int32))))
+
+
+@pytest.mark.parametrize("size, orientation, shown", [
+    ((20, 30), 1, (20, 30)), ((20, 30), 6, (30, 20)), ((20, 30), 3, None), ((20, 20), 6, None)])
+def test_pairs_with_exif(tmp_path, size, orientation, shown):
+    """A turned image fits a label that was saved upright; where sizes can't tell it is refused."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = write(tmp_path / "a.jpg", random_image(*size), exif=exif)
+    label = write(tmp_path / "b.png", np.zeros(shown or size))
+    if shown is None:
+        with pytest.raises(InputError, match=f"a.jpg is to be turned .* orientation {orientation}"):
+            files.load_pair(image, label, files.load_label)
+    else:
+        found = files.load_pair(image, label, files.load_label)
+        assert found[0].shape[:2] == found[1].shape == shown
+
+
+def test_pairs_of_two_sizes(tmp_path):
+    """Both are named, width first."""
+    paths = [write(tmp_path / name, pixels) for name, pixels in (
+        ("a.png", random_image(20, 30)), ("b.png", np.zeros((7, 9))))]
+    with pytest.raises(InputError, match="b.png is 9x7, its image 30x20"):
+        files.load_pair(*paths, files.load_label)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -49,11 +49,11 @@ def make_seg(root):
     """A set of one's own: 3 training pairs (one in a subfolder, one palette PNG), 1 to validate."""
     (root / "classes.txt").write_text("sky\nroad\nred car\n")
     for i, name in enumerate(("train/b", "train/a", "train/sub/c", "val/d")):
-        label = np.full((20, 30), i % 3)
+        label = np.full((64, 80), i % 3)
         label[0, 0], label[0, 1] = 255, 2
         palette = [(9, 9, 9), (200, 0, 0), (0, 0, 77)] + [(i, i, i) for i in range(3, 256)]
         write(root / f"labels/{name}.png", label, palette if i == 1 else None)
-        write(root / f"images/{name}.{'jpg' if i else 'png'}", random_image(20, 30, i))
+        write(root / f"images/{name}.{'jpg' if i else 'png'}", random_image(64, 80, i))
     return root
 
 
@@ -246,6 +246,13 @@ def make_coco(root, prefix=""):
             root / "annotations" / f"person_keypoints_{split}2017.json")
         (root / "images" / split).rename(root / prefix / f"{split}2017")
     return root
+
+
+TREES = {  # all data sets that have files
+    ("seg", "folder"): make_seg, ("seg", "ade20k"): make_ade, ("seg", "cityscapes"): make_city,
+    ("seg", "cityscapes-extra"): make_extra, ("seg", "mapillary"): make_vistas,
+    ("depth", "folder"): make_depth, ("depth", "nyu"): make_nyu, ("depth", "kitti"): make_kitti,
+    ("pose", "folder"): make_people, ("pose", "coco"): make_coco}
 
 
 # ------------------------------------------------------------------------------------------------
