@@ -1,9 +1,6 @@
 """Our model is the authors' model: their checkpoints load, and predict, learn and decay alike.
 
     pytest tests/test_official.py        (with -m slow: all names at SD1.5's full width)
-
-The reduced golden cases of tests/golden always run; the whole fixtures, which are too large to
-ship, run where ../shared/fixtures exists.
 """
 import json
 from pathlib import Path
