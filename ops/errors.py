@@ -3,6 +3,8 @@ import json
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 def printable(text: str) -> str:
     """One line that can be printed and written as UTF-8 anywhere: control characters, line breaks
@@ -20,6 +22,9 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
+        lines = str(message).splitlines()
+        if lines and lines[0].startswith("Caught InputError in"):  # by a data-loader worker, which
+            message = lines[-1].removeprefix(f"{__name__}.InputError: ")  # adds its traceback
         super().__init__(printable(message))
 
 
@@ -33,7 +38,7 @@ def run_command(command) -> None:
         command()
     except InputError as error:
         fail(error, 2)
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, SafetensorError) as error:  # the last: of a full disk
         fail(error, 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)
@@ -41,9 +46,7 @@ def run_command(command) -> None:
 
 def fail(error, code: int) -> None:
     """End the program with one line."""
-    # A data-loader worker wraps the message in its traceback: the last line is ours.
     message = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    message = message.removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
     print(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(code) from None
 
@@ -56,3 +59,11 @@ def read_json(path: str | Path):
         raise InputError(f"{path} does not exist") from None
     except (OSError, RecursionError, ValueError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_object(path: str | Path) -> dict:
+    """The same, of a file that holds one object."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no JSON object {{...}}")
+    return values

@@ -94,6 +94,8 @@ def check_limits(value, where: str, name: str) -> None:
             raise InputError(f"{where} is {value!r:.60}, possible are {', '.join(limits)}")
         return
     low, high = limits
+    if value == () or value == []:
+        raise InputError(f"{where} is empty: a number or more from {low:g} to {high:g}")
     for number in value if isinstance(value, (list, tuple)) else [value]:
         if not low <= number <= high:
             raise InputError(f"{where} is {value!r:.60}, possible is {low:g} to {high:g}")

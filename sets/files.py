@@ -20,6 +20,7 @@ IGNORE = 255  # label of pixels that count neither in losses nor in metrics
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 UNREADABLE_SHARE = 0.01  # of a set's images that may be skipped
 ORIENTATION = 0x0112  # EXIF's tag
+LONGEST = 65_535  # pixels of a side, as in a JPEG
 CHECKED_FILES = 50  # pairs opened when a data set is opened, evenly spread
 
 
@@ -105,6 +106,10 @@ def decode(path: Path, convert) -> np.ndarray:
     """convert(Pillow image) of a file; InputError naming a file that is missing or broken."""
     try:
         with Image.open(path) as image:
+            if max(image.size) > LONGEST:                # decoding it may take minutes
+                raise ValueError(f"it claims to be {image.width}x{image.height}")
+            image.verify()                               # a PNG's checksums: loading ignores them
+        with Image.open(path) as image:
             return convert(image)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
@@ -130,7 +135,7 @@ def load_pair(path: Path, other_path: Path, load_other) -> tuple[np.ndarray, np.
     """
     turned = decode(path, lambda image: image.getexif().get(ORIENTATION, 1))
     image, other = load_image(path), load_other(other_path)
-    if turned != 1 and (turned < 5 or image.shape[0] == image.shape[1]):
+    if turned in (2, 3, 4) or turned in (5, 6, 7, 8) and image.shape[0] == image.shape[1]:
         raise InputError(f"{path} is to be turned by its EXIF orientation {turned}, {other_path} "
                          "can't say so: save the image upright")
     if image.shape[:2] != other.shape:
@@ -160,8 +165,8 @@ def load_label(path: Path) -> np.ndarray:
     if label.ndim != 2:
         raise InputError(f"{path} has {label.shape[-1]} channels: a label file is a single-channel "
                          "or palette PNG of class numbers")
-    if label.min() < 0 or label.max() > 255:
-        raise InputError(f"{path} holds the value {label.max()}: labels are 0..255")
+    if label.dtype.kind == "f" or label.min() < 0 or label.max() > 255:
+        raise InputError(f"{path} holds the value {label.max()} ({label.dtype}): labels are 0..255")
     return label.astype(np.uint8)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from model import Config
-from ops.errors import InputError, read_json
+from ops.errors import InputError, read_object
 from ops.settings import from_dict
 from sets.ade20k import Ade20k, SegFolder
 from sets.cityscapes import Cityscapes, CityscapesExtra, Mapillary
@@ -222,19 +222,17 @@ def to_dict(recipe: Recipe) -> dict:
 
 def read_recipe(path: Path) -> Recipe:
     """recipe.json -> Recipe; InputError naming what does not fit."""
-    values = read_json(path)
-    if isinstance(values, dict) and isinstance(values.get("task"), str):
+    values = read_object(path)
+    if isinstance(values.get("task"), str):
         raise InputError(f"{path} was written by an older version, whose settings were flat: "
                          "move it away to evaluate best/ with --dataset and --data, or start a new "
                          f"run with --init-from {path.parent}")
-    model = values.get("model") if isinstance(values, dict) else None
-    if not isinstance(model, dict) or "dataset" not in values:
-        raise InputError(f"{path} is no recipe: it must be an object with dataset, files, model, "
-                         "protocol and the fields of Recipe")
-    if (model.get("task"), values["dataset"]) not in RECIPES:
-        raise InputError(f"{path}: task {model.get('task')!r:.40} on {values['dataset']!r:.40} is "
-                         "unknown")
-    row, nested = RECIPES[model["task"], values["dataset"]], {}
+    model, dataset = values.get("model"), values.get("dataset")
+    task = model.get("task") if isinstance(model, dict) else None
+    if not isinstance(task, str) or not isinstance(dataset, str) or (task, dataset) not in RECIPES:
+        raise InputError(f"{path} is no recipe: its model.task and its dataset, {task!r:.40} and "
+                         f"{dataset!r:.40}, are no row of tasks/recipes.py")
+    row, nested = RECIPES[task, dataset], {}
     for name in ("files", "protocol"):
         nested[name] = from_dict(type(getattr(row, name)), values.get(name), f"{path}: {name}")
     recipe = from_dict(Recipe, {**values, **nested}, str(path))

@@ -49,7 +49,7 @@ def test_look_size(size, shown):
 
 
 def test_ramp_blend_and_heat():
-    """Colours evenly spread over 0 to 1, clipped; half of each; the lowest blue, the highest red."""
+    """Colours spread over 0 to 1, clipped; half of each; the lowest blue, the highest red."""
     values = np.array([[-1.0, 0.0, 0.25, 0.5, 1.0, 2.0]])
     assert draw.ramp(values, ((0, 0, 0), (100, 0, 0), (100, 200, 0)))[0].tolist() == [
         [0, 0, 0], [0, 0, 0], [50, 0, 0], [100, 0, 0], [100, 200, 0], [100, 200, 0]]

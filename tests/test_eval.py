@@ -42,13 +42,17 @@ def asked(monkeypatch, *words):
 # Which model, which settings
 
 def test_find_checkpoint(tmp_path):
-    """RUN/best, else RUN/last, else RUN itself; else an error that says what was looked for."""
+    """RUN/best, else RUN/last, else RUN itself, or what a killed save left of the first two; else
+    an error that says what was looked for.
+    """
     with pytest.raises(InputError, match=f"--checkpoint {tmp_path}: .* best/ or last/ holds a "
                                          "config.json"):
         evaluation.find_checkpoint(str(tmp_path))
-    for folder in (tmp_path, tmp_path / "last", tmp_path / "best"):
+    for name in ("", "last.previous", "last", "best.previous", "best"):
+        folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_text("")
         assert evaluation.find_checkpoint(str(tmp_path)) == folder
     assert evaluation.find_checkpoint(str(tmp_path / "last")) == tmp_path / "last"
 
@@ -284,13 +288,15 @@ def test_a_model_without_a_run_predicts_pictures(runs, photos, tmp_path, monkeyp
     ("seg", ["--image", "EMPTY"], "holds no image"),
     ("seg", ["--image", "BAD"], "broken.png cannot be decoded"),
     ("seg", ["--image", "BADS"], "none of the 2 images can be read: .*a.png cannot"),
-    ("seg", ["--image", "GOOD", "--out", "BAD"], "is a file: a folder is needed"),
+    ("seg", ["--image", "GOOD", "--out", "BAD"], "broken.png can't be written"),
     ("seg", ["--image", "EMPTY", "--out", "EMPTY"], "is the folder of the images"),
     ("seg", ["--image", "GOOD", "--max-side", "63"], "--max-side 63: 64 pixels or more"),
     ("seg", ["--max-side", "128"], "--max-side is about your own pictures"),
     ("seg", ["--image", "GOOD", "--export", "x"], "--export is about a labelled data set"),
     ("seg", ["--image", "GOOD", "--boxes", "x"], "--boxes is for pose: the model's task is seg"),
     ("depth", ["--image", "GOOD", "--boxes", "x"], "--boxes is for pose: the model's task is d"),
+    ("seg", ["--export", "BAD"], "--export .*broken.png can't be written"),
+    ("seg", ["--save", ""], "--save is empty: leave it out"),
     ("seg", ["--boxes", "x"], "--boxes x: seg on shapes takes none"),
     ("seg", ["--image", "GOOD", "--dataset", "ade20k"], "predicts 7 classes.*ade20k has 150"),
     ("seg", ["--image", "GOOD", "--val-scenes", "1"], "--val-scenes is no flag of this command"),

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import eval as evaluation
 import train
 from ops.errors import InputError
-from ops.settings import leaves
+from ops.settings import LIMITS, leaves
 from tasks.flags import (FOUND_OUT, SECTIONS, UNUSED, Parser, add_flags, flag_paths, free_folder,
                          owner_of, parse, resolve, show, with_flags)
 from tasks.recipes import RECIPES
@@ -30,13 +30,18 @@ def hint_of(row, path):
     return kinds[0] if "None" in str(hint) else hint
 
 
-def other(kind, value):
-    """Another value of that type."""
+def other(kind, value, name):
+    """Another value of that type, within what is possible."""
+    limits = LIMITS.get(name, (0, 10**9))
+    if isinstance(limits[0], str):
+        return next(word for word in limits if word != value)
     if typing.get_origin(kind) is tuple:
-        return tuple(x + 1 for x in value) if value else (3, 4)
+        return tuple(x + 1 for x in value) if value else (33, 34)
     if kind is bool:
         return not value
-    return (value or kind()) + {int: 1, float: 1.0, str: "x"}[kind]
+    if kind is str:
+        return (value or "") + "x"
+    return kind((value or limits[0]) + (1 if limits[1] > 10 else 0.03125))
 
 
 def words_of(name, value):
@@ -63,7 +68,8 @@ def test_every_flag_arrives_with_its_type(key):
     """Another value for every setting of the row, all on one command line."""
     row = RECIPES[key]
     paths = flag_paths(row)
-    wanted = {path: other(hint_of(row, path), leaves(row)[path]) for path in paths.values()}
+    wanted = {path: other(hint_of(row, path), leaves(row)[path], path[-1])
+              for path in paths.values()}
     parser = Parser("")
     add_flags(parser, row, SECTIONS)
     words = [word for name, path in paths.items() for word in words_of(name, wanted[path])]
@@ -109,7 +115,7 @@ def test_help_explains_every_flag_of_the_row_and_no_other(key, monkeypatch, caps
 # Refused
 
 @pytest.mark.parametrize("flags, message", [
-    (["--task", "seg", "--sigma", "3"], "--sigma is no setting of seg on shapes; it is one of pose"),
+    (["--sigma", "3"], "--sigma is no setting of seg on shapes; it is one of pose on shapes"),
     (["--boxes", "x.json"], "it is one of pose on folder, pose on coco"),
     (["--max-depth", "3"], "depth on shapes, depth on folder, depth on nyu, depth on kitti"),
     (["--task", "depth", "--no-augment"], "--no-augment is no setting of depth on shapes; it is"),
@@ -168,15 +174,17 @@ BAD_FLAGS = [
     (["--unet-channels", "320", "640", "1280", "1280"], "--init random"),
     (["--unet-channels", "32", "44", "64", "64"], "multiples of"),
     (["--vae-channels", "32", "32"], "--vae-channels (32, 32): four multiples of --vae-groups"),
+    (["--unet-num-heads", "3"], "four multiples of --unet-num-heads 3"),
+    (["--at-once", "0"], "--at-once is 0, possible is 1 to"),
     (["--unet-latent-channels", "8"], "the VAE gives 4 latent channels"),
-    (["--iterations", "0"], "--iterations 0"),
+    (["--iterations", "0"], "--iterations is 0, possible is 1 to"),
     (["--iterations", "1.5"], "--iterations is 1.5, but should be an integer"),
     (["--lr", "fast"], "--lr is 'fast', but should be a finite number"),
-    (["--lr", "nan"], "--lr is nan"), (["--lr", "-1"], "rates must be positive"),
+    (["--lr", "nan"], "--lr is nan"), (["--lr", "-1"], "--lr is -1, possible is"),
     (["--scale", "64"], "should be a list of 2 (an integer) or null"),
-    (["--schedule", "cosine"], "--schedule cosine: poly, two-phase or step"),
-    (["--init", "full"], "--init full: auto or random"),
-    (["--precision", "float16"], "--precision float16"),
+    (["--schedule", "cosine"], "--schedule is 'cosine', possible are poly, two-phase, step"),
+    (["--init", "full"], "--init is 'full', possible are auto, random"),
+    (["--precision", "float16"], "--precision is 'float16', possible are"),
     (["--window", "64"], "--window 64 needs a --stride of 1 to 64 pixels: it is None"),
     (["--window", "64", "--stride", "65"], "needs a --stride"),
     (["--out", ""], "--out is empty"),

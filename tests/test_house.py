@@ -13,10 +13,11 @@ LEVELS = [{"tools", "hubconf"}, {"train"}, {"eval"}, {"tasks"}, {"model", "data"
           {"unet", "vae", "sets"}, {"heads", "weights"}, {"ops"}]  # each imports later ones only
 ROOMS = ("tools", "tasks", "sets", "weights", "ops")
 CARD = {"model", "unet", "vae", "heads", "data", "train", "eval"}
-SOURCES = sorted([*ROOT.glob("*.py"), *(p for room in ROOMS for p in (ROOT / room).glob("**/*.py"))])
+SOURCES = sorted(path for room in (".", *ROOMS) for path in (ROOT / room).glob("*.py"))
 EVERY = [*SOURCES, *sorted((ROOT / "tests").glob("*.py"))]
 DEAD = re.compile(r"\bspec [A-Z]\.\d|\bdecisions? \d|\b(pose|seg|depth)\sspec\b|\(section \d"
                   r"|\bhandoff|\.\./shared|/work/", re.I)
+CITED = re.compile(rf"\b(?:docs|tests|{'|'.join(ROOMS)})/\w+\.(?:py|md)\b")
 NAMES = pytest.mark.parametrize("path", EVERY, ids=lambda p: str(p.relative_to(ROOT)))
 
 
@@ -88,5 +89,5 @@ def test_references_are_alive(path):
     text = path.read_text()
     if path.name != Path(__file__).name:
         assert not (found := DEAD.search(text)), found
-    for cited in re.findall(r"\b(?:docs|tests|tools|sets|tasks|ops|weights)/\w+\.(?:py|md)\b", text):
+    for cited in CITED.findall(text):
         assert (ROOT / cited).is_file(), cited

@@ -283,6 +283,9 @@ class Painted:
     def __getitem__(self, key):
         return self.samples[key[1]]
 
+    def names(self):
+        return [sample["name"] for sample in self.samples]
+
 
 MIXED = [(30, 20), (16, 40), (9, 9)]
 

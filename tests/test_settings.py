@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 import pytest
 
 from ops.errors import InputError
-from ops.settings import comments, from_dict, leaves, with_leaves
+from ops.settings import LIMITS, checked, comments, from_dict, leaves, with_leaves
+from tasks.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,27 @@ def test_leaves_are_reached_and_changed_by_their_paths():
     changed = with_leaves(outer, {("rate",): 1.0, ("inner", "sides"): (1, 1),
                                   ("inner", "widths"): ()})
     assert changed == Outer(rate=1.0, inner=Inner((1, 1), ())) and outer == Outer()
+
+
+# ------------------------------------------------------------------------------------------------
+# Limits
+
+@pytest.mark.parametrize("hint, name, good, bad, message", [
+    (int, "at_once", 1, 0, "possible is 1 to 65536"), (float, "dropout", 0.0, 1.0, "0 to 0.99"),
+    (tuple[int, ...], "channels", (1, 65536), (32, 0), "1 to 65536"),
+    (str, "schedule", "step", "cosine", "possible are poly, two-phase, step"),
+    (str | None, "box", None, "all", "possible are nyu, garg, eigen")])
+def test_values_out_of_their_limits_are_refused(hint, name, good, bad, message):
+    """By the setting's name, in whichever class; null where it may be."""
+    assert checked(hint, good, "--x", name) == good
+    with pytest.raises(InputError, match=f"^--x is .*, .*{message}$"):
+        checked(hint, bad, "--x", name)
+
+
+def test_every_number_has_limits():
+    """Those of all rows, and no limit is left of a setting that is gone."""
+    names = {path[-1]: value for row in RECIPES.values() for path, value in leaves(row).items()}
+    numbers = {name for name, value in names.items()
+               if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    assert numbers <= LIMITS.keys()
+    assert LIMITS.keys() - names.keys() == {"step", "evaluated"}           # of state.json

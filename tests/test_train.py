@@ -3,7 +3,6 @@
     pytest tests/test_train.py
 """
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import eval as evaluation
 import train
 from ops.errors import InputError
 from tasks.flags import resolve
+from tasks.recipes import read_recipe
 from weights import checkpoint
 
 FLAGS = [*TINY, *HEAD, *SCENES]
@@ -63,7 +63,7 @@ def test_resuming_is_exact_to_the_bit(tmp_path):
 
         def save_then_stop(run, model, optimizer, state):
             saved(run, model, optimizer, state)
-            if state["step"] == stop:
+            if state.step == stop:
                 raise Stop
 
         checkpoint.save_last = save_then_stop
@@ -72,7 +72,7 @@ def test_resuming_is_exact_to_the_bit(tmp_path):
                 train.train(part, resume=False)
         finally:
             checkpoint.save_last = saved
-        train.train(part, resume=True)
+        train.train(read_recipe(run_folder / "recipe.json"), resume=True)
         for name in ("model.safetensors", "optimizer.safetensors"):
             a = load_file(tmp_path / "whole" / "last" / name)
             b = load_file(run_folder / "last" / name)
@@ -102,10 +102,45 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch, capsys, num
     assert json.loads((out / "last" / "state.json").read_text())["step"] == 2
     assert f"stopped after 2 of 4 steps; go on with\npython train.py --resume {out}" in \
         capsys.readouterr().out
-    train.train(replace(whole, out=str(out)), resume=True)
+    train.train(*resolve(["--resume", str(out)]))
     a, b = (load_file(folder / "last" / "model.safetensors") for folder in (Path(whole.out), out))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("config", "disagree about num_prompts"), ("classes", "was trained on the classes"),
+    ("steps", "state.json: step 2 of 1"), ("state", "state.json lacks the field best")])
+def test_a_run_that_does_not_fit_its_recipe_is_not_resumed(tmp_path, kind, message):
+    """The line names the files that disagree, or the classes then and now."""
+    data = make_folder(tmp_path / "d")
+    flags = [*TINY, *HEAD, "--dataset", "folder", "--backbone", "tiny", "--data", str(data),
+             "--iterations", "2"]
+    train.train(*resolve([*flags, "--out", str(tmp_path / "r")]))
+    made = read_recipe(tmp_path / "r" / "recipe.json")
+    if kind == "config":
+        made = replace(made, model=replace(made.model, num_prompts=5))
+    elif kind == "classes":
+        (data / "classes.txt").write_text("left\nother\n")
+    elif kind == "steps":
+        made = replace(made, iterations=1)
+    else:
+        (tmp_path / "r" / "last" / "state.json").write_text('{"step": 2, "evaluated": 2}')
+    with pytest.raises(InputError, match=message):
+        train.train(made, resume=True)
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path, capsys):
+    """If the newest cannot be read, the one before is taken, and the end is the same to the bit."""
+    whole = recipe(tmp_path / "r", "--iterations", 4, "--save-every", 1, "--eval-every", 4)
+    train.train(whole, resume=False)
+    expected = load_file(tmp_path / "r" / "last" / "model.safetensors")
+    path = tmp_path / "r" / "last" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+    train.train(*resolve(["--resume", str(tmp_path / "r")]))
+    assert "unreadable" in (out := capsys.readouterr().out) and "last.previous at step 3" in out
+    found = load_file(tmp_path / "r" / "last" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def run_and_kill(arguments, delay):
@@ -131,9 +166,8 @@ def test_kills_at_any_moment_lose_nothing(tmp_path, kills):
     train.train(recipe(tmp_path / "whole", *flags), resume=False)
     out, rng, killed = tmp_path / "killed", np.random.default_rng(0), 0
     while True:
-        begun = (out / "last" / "state.json").is_file() or (out / "last.previous").is_dir()
-        if not begun and out.exists():
-            shutil.rmtree(out)
+        begun = any((out / name / "state.json").is_file()
+                    for name in ("last", "last.tmp", "last.previous"))
         delay = rng.uniform(3, 10) if killed < kills else 1200
         if run_and_kill(["--resume", out] if begun else [*FLAGS, *flags, "--out", out], delay):
             break
@@ -218,6 +252,20 @@ def test_a_non_finite_loss_stops_with_step_and_images(tmp_path, monkeypatch, cap
     assert code == 1 and stderr.count("\n") == 1 and "step 7" in stderr
 
 
+def test_a_non_finite_gradient_stops_too(tmp_path, monkeypatch):
+    """A loss may be finite where its gradient is not: no weight is moved."""
+    r = recipe(tmp_path / "r")
+    model = train.build_model(r, ("a", "b"))
+    before = model.prompts.detach().clone()
+    model.prompts.register_hook(lambda gradient: gradient * float("inf"))
+    batch = {"image": torch.rand(2, 3, 64, 64), "name": ["one.jpg", "two.jpg"],
+             "target": torch.zeros(2, 64, 64, dtype=torch.long)}
+    with pytest.raises(FloatingPointError, match="gradient's norm is .* step 7; .*one.jpg"):
+        train.train_step(model.loss, train.build_optimizer(model, r), iter([batch] * 2), r, 7,
+                         torch.device("cpu"), torch.float32)
+    assert torch.equal(model.prompts, before)
+
+
 def spoil(data, kind):
     """Damage one file of the training split; returns its name."""
     image, label = data / "images" / "train" / "2.jpg", data / "labels" / "train" / "2.png"
@@ -252,10 +300,23 @@ def test_bad_data_is_refused_in_one_line(tmp_path, monkeypatch, capsys, kind):
 def test_no_run_is_overwritten(tmp_path, monkeypatch, capsys):
     """An explicit --out that holds a run is refused, with the command that goes on."""
     out = tmp_path / "r"
-    out.mkdir()
-    (out / "recipe.json").write_text("{}")
+    (out / "last").mkdir(parents=True)
     code, stderr = refused(train.main, monkeypatch, capsys, *FLAGS, "--out", out)
     assert code == 2 and f"--resume {out}" in stderr
+
+
+def test_validation_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    """It predicts in evaluation mode, and goes on in training mode."""
+    seen, evaluate = [], train.TASKS["seg"].evaluate
+
+    def noting(model, *arguments, **options):
+        seen.append((model, model.training))
+        return evaluate(model, *arguments, **options)
+
+    monkeypatch.setattr(train.TASKS["seg"], "evaluate", noting)
+    train.train(recipe(tmp_path / "r", "--iterations", 1), resume=False)
+    (model, training), = seen
+    assert not training and model.training
 
 
 @pytest.mark.parametrize("kind", ["missing", "extra", "shape", "truncated"])

@@ -18,13 +18,15 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ops.errors import InputError, read_json
+from ops.errors import InputError, read_object
 from ops.settings import checked
 from weights.ldm import hf_name, modern_vae_attention
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # runwayml's repository is gone
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 LDM_PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of weights
+INTEGERS = (torch.int64,)  # of BatchNorm's counters
 IGNORED = {"unet": (), "vae": ("decoder.", "post_quant_conv.")}  # not part of the method
 
 
@@ -108,7 +110,7 @@ def read_part(source: str, part: str) -> tuple[dict[str, Tensor], dict, Path]:
         tensors = read_tensors(path)
     tensors = modern_vae_attention(tensors) if part == "vae" else tensors
     tensors = {k: v for k, v in tensors.items() if not k.startswith(IGNORED[part] or "\0")}
-    return tensors, read_json(config_path) if config_path else {}, path
+    return tensors, read_object(config_path) if config_path else {}, path
 
 
 # ------------------------------------------------------------------------------------------------
@@ -116,8 +118,11 @@ def read_part(source: str, part: str) -> tuple[dict[str, Tensor], dict, Path]:
 
 def assemble(kind: type[nn.Module], config, tensors: dict[str, Tensor], path: Path) -> nn.Module:
     """kind(config) with the tensors of `path`, without memory of its own: see `load_strict`."""
-    with torch.device("meta"):
-        module = kind(config)
+    try:
+        with torch.device("meta"):
+            module = kind(config)
+    except (ValueError, RuntimeError) as error:          # sizes that do not divide, for example
+        raise InputError(f"{path}: its sizes make no model ({error}): {config}") from None
     load_strict(module, tensors, path)
     return module
 
@@ -141,7 +146,7 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> No
         if tensor.shape != wanted[name].shape:
             raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, "
                              f"expected {tuple(wanted[name].shape)}")
-        if tensor.is_floating_point() != wanted[name].is_floating_point() or tensor.is_complex():
+        if tensor.dtype not in (FLOATS if wanted[name].is_floating_point() else INTEGERS):
             raise InputError(f"{path}: {name} is {tensor.dtype}, expected {wanted[name].dtype}")
         if not tensor.isfinite().all():
             raise InputError(f"{path}: {name} holds values that are not finite")
@@ -264,8 +269,10 @@ def find_model(source: str) -> Path:
 def modern_config(values: dict, defaults: dict) -> dict:
     """A saved config.json in today's form: flat sizes moved into their part, newer fields added.
 
-    `defaults` has every field, sizes in the parts "unet" and "vae".
+    `defaults` has every field, sizes in the parts "unet" and "vae".  What is no object stays.
     """
+    if not isinstance(values, dict):
+        return values
     modern = dict(defaults)
     for name in FLAT_SIZES.keys() & values.keys():
         for part, field in FLAT_SIZES[name]:

@@ -8,6 +8,7 @@ classes and all widths are read off the tensors.  What is ignored is IGNORED, no
 """
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,7 @@ def unpickle(path: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{path} does not exist: give one of the authors' .pth or .ckpt files")
     try:
+        check_archive(path)
         with torch.serialization.safe_globals(SAFE_CLASSES):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
@@ -72,6 +74,18 @@ def unpickle(path: Path) -> dict:
     except Exception as error:                           # a broken file raises whatever happens
         raise InputError(f"{path} is not a complete checkpoint ({type(error).__name__}: "
                          f"{str(error)[:200]}): get it again") from None
+
+
+def check_archive(path: Path) -> None:
+    """ValueError if a zip's checksums, at which torch does not look, do not fit its contents, or if
+    it is compressed, as torch writes none and a bomb would be.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type for member in archive.infolist()):
+                raise ValueError("it is compressed")
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} differs")
 
 
 def state_of(contents: dict, path: Path) -> dict[str, Tensor]:

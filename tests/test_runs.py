@@ -1,0 +1,65 @@
+"""The folder of a run is held by one process; its log survives whatever stopped the run.
+
+    pytest tests/test_runs.py
+"""
+import json
+import os
+
+import pytest
+
+from ops.errors import InputError
+from weights.runs import Log, RunFolder, read_log
+
+
+def test_a_run_is_held_by_one_process(tmp_path):
+    """A second one is told, until the first is done; then it may."""
+    with RunFolder(tmp_path / "r", False):
+        (tmp_path / "r" / "recipe.json").write_text("{}")
+        with pytest.raises(InputError, match="r is in use by another process"):
+            with RunFolder(tmp_path / "r", False):
+                pass
+    with RunFolder(tmp_path / "r", False):
+        pass
+
+
+@pytest.mark.parametrize("name", ["last", "last.previous", "best"])
+def test_no_run_is_overwritten(tmp_path, name):
+    """A folder that holds a checkpoint is refused, with how to go on; resumed, it is taken."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"holds a run already: --resume {tmp_path}"):
+        with RunFolder(tmp_path, False):
+            pass
+    with RunFolder(tmp_path, True):
+        pass
+
+
+def test_a_start_that_failed_leaves_nothing(tmp_path):
+    """The folder is removed if nothing was written into it, and kept if something was."""
+    for kept in (False, True):
+        with pytest.raises(ZeroDivisionError):
+            with RunFolder(tmp_path / "r", False):
+                if kept:
+                    (tmp_path / "r" / "recipe.json").write_text("{}")
+                raise ZeroDivisionError
+        assert (tmp_path / "r").exists() == kept
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    """A file in its place, or in the place of its parent."""
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "r"):
+        with pytest.raises(InputError, match=f"--out {path} can't be written"):
+            with RunFolder(path, False):
+                pass
+
+
+def test_the_log_goes_on_at_the_checkpoint(tmp_path):
+    """Records after its step are dropped, and so is a line that was torn; new ones follow."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 0.5}) for step in (1, 2, 3)]
+    path.write_bytes("\n".join([*lines, '{"step": 2, "lo']).encode() + b"\n\xff\xfe\n[3]\n")
+    assert [record["step"] for record in read_log(path)] == [1, 2, 3]
+    log = Log(path, 2)
+    log.write({"step": 3, "loss": 0.25})
+    assert path.read_text() == "\n".join([*lines[:2], '{"step": 3, "loss": 0.25}']) + "\n"
+    assert read_log(tmp_path / "none") == [] and os.listdir(tmp_path) == ["metrics.jsonl"]
