@@ -31,7 +31,8 @@ class InputError(ValueError):
 def run_command(command) -> None:
     """Run `command()`; what a user can cause becomes one line on stderr and an exit code.
 
-    2: InputError.  1: a value that is not finite, or the disk (full, not writable).  130: Ctrl-C.
+    2: InputError.  1: a value that is not finite, memory, or the disk (full, not writable).  130:
+    Ctrl-C.
     """
     try:
         sys.stdout.reconfigure(errors="backslashreplace")  # consoles that know fewer letters
@@ -40,6 +41,10 @@ def run_command(command) -> None:
         fail(error, 2)
     except (FloatingPointError, OSError, SafetensorError) as error:  # the last: of a full disk
         fail(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        fail(f"out of memory: {error}", 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)
 

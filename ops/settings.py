@@ -20,7 +20,7 @@ LIMITS = {
     "schedule": ("poly", "two-phase", "step"), "precision": ("auto", "bfloat16", "float32"),
     "num_prompts": (1, 65536), "refine_steps": (1, 100), "latent_scale": (1e-6, 1e6),
     "num_classes": (0, 255), "head_channels": (1, 65536), "max_depth": (0.01, 1e5),
-    "resize_scale": (0, 64), "deconv_channels": (1, 65536), "sigma": (1 / 3, 100),
+    "resize_scale": (0, 8), "deconv_channels": (1, 65536), "sigma": (1 / 3, 100),
     "dropout": (0, 0.99), "channels": (1, 65536), "layers": (1, 16), "num_heads": (1, 1024),
     "context_dim": (1, 65536), "latent_channels": (1, 4096), "groups": (1, 4096),
     "iterations": (1, 10**9), "batch": (1, 10**6), "micro_batch": (1, 10**6), "lr": (1e-12, 10),

@@ -69,6 +69,7 @@ KINDS = {  # name -> (setup, case, share of the time)
     "classes.txt": (sets.people_setup, sets.class_names, 1),
     "flags of train.py": (cases.run_setup, sets.train_flags, 6),
     "flags of eval.py": (sets.eval_setup, sets.eval_flags, 4),
+    "whole commands": (sets.whole_setup, sets.whole_command, 3),
 }
 COLUMNS = ("clean", "failed", "same", "payload", "wrong")
 

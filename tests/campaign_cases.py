@@ -49,6 +49,8 @@ def judge(load, verdict, what: str = "") -> tuple[str, str]:
         result = load()
     except (InputError, FloatingPointError) as error:
         return ("clean" if str(error).isprintable() else "failed"), str(error)
+    except SystemExit as stop:                           # of run_command
+        return ("clean" if stop.code in (1, 2) else "failed"), f"exit {stop.code}"
     return verdict(result), what
 
 

@@ -3,18 +3,21 @@ import contextlib
 import io
 import json
 import math
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from campaign_cases import Box, corrupt, judge, mutate, put, typed
+from campaign_cases import Box, corrupt, judge, mutate, put, run_setup, typed
 from helpers import HEAD, SCENES, TINY, write_run
 from PIL import Image
 from trees import cut, detection, make_people
 
 import eval as evaluation
 import train
+from ops.errors import run_command
 from ops.settings import leaves
 from sets import ade20k, coco, files, nyu_kitti
 from tasks.flags import flag_paths, resolve
@@ -202,6 +205,41 @@ def class_names(rng, box):
 # ------------------------------------------------------------------------------------------------
 # Command lines
 
+def commanded(load):
+    """What load() gives, run as a command is: SystemExit where the user is told something."""
+    result = []
+    run_command(lambda: result.append(load()))
+    return result[0]
+
+
+def whole_command(rng, box):
+    """train.py --resume and eval.py as processes of their own, one file of the run broken."""
+    run, root = box.folder / "run", Path(__file__).parents[1]
+    shutil.rmtree(run)
+    shutil.copytree(box.folder / "good", run)
+    names = [p for p in sorted(run.rglob("*")) if p.suffix in (".json", ".safetensors", ".jsonl")]
+    path = names[int(rng.integers(len(names)))]
+    raw = path.read_bytes()
+    text = mutate(json.loads(raw), rng)[0].encode() if path.suffix == ".json" else b""
+    put(path, text or corrupt(raw, rng))
+    words = [["train.py", "--resume"], ["eval.py", "--val-scenes", "1", "--checkpoint"],
+             ["eval.py", "--protocol", "--checkpoint"]][int(rng.integers(3))]
+    done = subprocess.run([sys.executable, root / words[0], *words[1:], run], capture_output=True,
+                          text=True, errors="replace")
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    fine = done.returncode == 0 or done.returncode in (1, 2) and last.startswith("error: ") \
+        and "Traceback" not in done.stderr
+    verdict = "failed" if not fine else "clean" if done.returncode else "payload"
+    return verdict, f"{words[0]}: {path.name}: exit {done.returncode} {last[-100:]}"
+
+
+def whole_setup(folder: Path) -> Box:
+    """A run, and a copy of it."""
+    box = run_setup(folder)
+    shutil.copytree(folder / "run", folder / "good")
+    return box
+
+
 WORDS = ["", "0", "-1", "-5", "1", "2", "3", "1.5", "1e30", "nan", "inf", "-inf", "1e-30", "none",
          "auto", "x", "True", "1e400", "9" * 5000, "99999999999999999999", "65536", "../x", "/",
          "/proc/x", "~", "a\nb", "\x1b[31m", "\udcff", "x" * 300, "cuda:99", "mps", "meta", "64",
@@ -257,7 +295,7 @@ def train_flags(rng, box):
             and "no" not in extra[0] and not isinstance(value, (bool, float, int, tuple))
         return "wrong" if resumed or ignored or not typed(object, made) else "payload"
 
-    found = judge(load, verdict)
+    found = judge(lambda: commanded(load), verdict)
     return found[0], f"{found[1]} {' '.join(extra)[:80]!r} {task} {dataset}"
 
 
@@ -288,5 +326,5 @@ def eval_flags(rng, box):
             evaluation.main()
         return recipe
 
-    found = judge(load, lambda made: "payload" if typed(object, made) else "wrong")
+    found = judge(lambda: commanded(load), lambda made: "payload" if typed(object, made) else "wrong")
     return found[0], f"{found[1]} {' '.join(arguments[-4:])[:120]!r}"
