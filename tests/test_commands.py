@@ -265,5 +265,5 @@ def test_command_runs(stage, command):
 @pytest.mark.parametrize("snippet", snippets(), ids=lambda s: s.splitlines()[0])
 def test_snippet_runs(stage, snippet):
     """Python of the documents that is not quoted runs as it stands, given `images`."""
-    given = "import torch\nimages = torch.rand(1, 3, 64, 64)\n"
+    given = "import torch\nimages = torch.rand(2, 3, 64, 128)\n"
     stage.start([sys.executable, "-c", given + snippet])

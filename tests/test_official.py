@@ -2,8 +2,8 @@
 
     pytest tests/test_official.py        (with -m slow: all names at SD1.5's full width)
 
-The reduced golden cases of tests/golden always run; the whole fixtures, which are too large to
-ship, run where ../shared/fixtures exists.
+tests/golden holds inputs and outputs of the authors' code at a tiny width, and all tensor names and
+shapes at the full one; the weights are drawn by name (official_fixture.py).
 """
 import json
 import zipfile
