@@ -1,0 +1,555 @@
+"""Pretrain a small Stable Diffusion on the embedded scenes, in three stages, each one command.
+
+    python -m tools.pretrain autoencoder              RUN/vae.safetensors: image <-> latents
+    python -m tools.pretrain diffusion                RUN/diffusion.safetensors: UNet, text encoder
+    python -m tools.pretrain sample --prompt "two balls and a cone"           RUN/sample.png
+    python -m tools.pretrain cache | export           latents for `diffusion` | RUN/tiny-sd/
+
+Every command goes on where it was stopped, to the bit; `--steps` more continues a finished one.
+RUN (runs/tiny-sd; --out) also holds settings.json, metrics.jsonl and pictures/.
+"""
+import argparse
+import json
+import os
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub.utils import tqdm
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data import VAL_SEED
+from errors import InputError, run_command
+from muon import Muon, split
+from sets.captions import captions
+from shapes import render, render_world
+from tools.bpe import save_tokenizer
+from tools.decoder import Autoencoder
+from tools.export import export
+from unet import UNet
+from vpd.text import TextConfig, TextEncoder, Tokenizer
+
+# Scenes for the tasks: training has seeds 2 k VAL_SEED + [0, VAL_SEED), k = 0, 1, ...; validation
+# VAL_SEED + index.  From 3 VAL_SEED on for one VAL_SEED, neither has any.
+FIRST_SCENE = 3 * VAL_SEED
+HELD_OUT = FIRST_SCENE + VAL_SEED // 2  # first scene for this file's own figures
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run is made of; each field is a flag."""
+
+    out: str = "runs/tiny-sd"  # folder of the run
+    seed: int = 0  # of weights, order and noise; the scenes are the same for all seeds
+    size: int = 128  # pixels; side of the scenes
+    # Autoencoder
+    vae_channels: tuple[int, ...] = (16, 32, 64, 64)  # levels 1/1, 1/2, 1/4, 1/8
+    latent_channels: int = 8  # 4 in Stable Diffusion
+    vae_scenes: int = 8192  # rendered at the start and kept in memory
+    crop: int = 64  # pixels; side of the crops that the autoencoder is trained on
+    vae_batch: int = 16
+    vae_steps: int = 3000
+    kl: float = 1e-6  # weight of the latents' divergence from N(0, 1), per latent value
+    gradients: float = 1.0  # weight of the L1 error of differences between neighbouring pixels
+    # Latents and captions, made once
+    scenes: int = 61440
+    shard: int = 2048  # scenes per file; the tokenizer is learnt from the first one's captions
+    captions: int = 4  # per scene
+    held_out: int = 512  # scenes for the figures
+    tokens: int = 32  # per caption, start and end counted; 77 in Stable Diffusion
+    merges: int = 1000  # of the tokenizer, at most
+    # Diffusion
+    unet_channels: tuple[int, ...] = (32, 64, 96, 96)  # 1/8 to 1/64; c0 a multiple of 16
+    heads: int = 2  # at every level; 8 in Stable Diffusion
+    width: int = 64  # of the text encoder, and so of what cross-attention reads
+    text_layers: int = 2
+    batch: int = 64
+    steps: int = 40_000
+    drop: float = 0.1  # share of captions replaced by the empty one, for guidance
+    average: float = 0.9995  # share of the averaged weights that stays in a step
+    guidance: float = 3.0  # of samples: 1 is none
+    sample_steps: int = 25
+    prompt: str = "two balls and a cone"  # of `sample`
+    export: str = "weights/tiny-sd"
+    # Shared by both networks
+    groups: int = 8  # of every GroupNorm; 32 in Stable Diffusion
+    layers: int = 1  # residual blocks per level; 2 in Stable Diffusion
+    muon_lr: float = 0.02  # of the matrices
+    lr: float = 2e-3  # AdamW, of norms, biases and embeddings
+    warmup: int = 100  # steps until the full rate
+    decay: float = 0.3  # last share of the steps, in which the rate falls to 0
+    # Habits
+    save_every: int = 500  # steps between checkpoints, metrics and pictures
+
+
+# ------------------------------------------------------------------------------------------------
+# What the stages share
+
+def generator(settings: Settings, step: int) -> torch.Generator:
+    """The random numbers of one step: a stopped run goes on with the ones it would have had."""
+    return torch.Generator().manual_seed((settings.seed << 40) + step)
+
+
+def optimizer_of(settings: Settings, model: nn.Module) -> Muon:
+    """Muon for the matrices, AdamW for the rest, no weight decay."""
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
+    optimizer = Muon(split(groups, model, settings.lr, settings.muon_lr), lr=settings.lr)
+    for group in optimizer.param_groups:
+        group["full_lr"] = group["lr"]
+    return optimizer
+
+
+def set_rate(optimizer: Muon, settings: Settings, step: int, steps: int) -> None:
+    """Linear warm-up, then the full rate, then linear decay to 0 over the last `decay` share."""
+    share = min(1.0, (step + 1) / settings.warmup, (steps - step) / max(settings.decay * steps, 1))
+    for group in optimizer.param_groups:
+        group["lr"] = group["full_lr"] * share
+
+
+def save_state(path: Path, step: int, modules: dict[str, nn.Module], optimizer: Muon) -> None:
+    """Write modules and moments to one file, under another name until it is complete."""
+    tensors = {}
+    for part, module in modules.items():
+        tensors |= {f"{part}:{name}": t.contiguous() for name, t in module.state_dict().items()}
+        for name, parameter in module.named_parameters():
+            for kind, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{part}:{name}:{kind}"] = value.contiguous()
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, {"step": str(step)})
+    os.replace(temporary, path)
+
+
+def load_state(path: Path, modules: dict[str, nn.Module], optimizer: Muon | None = None) -> int:
+    """Fill modules (and the optimiser) from a checkpoint; returns the steps done, 0 without one."""
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        step = int(file.metadata()["step"])
+    for part, module in modules.items():
+        own = {k.removeprefix(part + ":"): v for k, v in tensors.items() if k.startswith(part + ":")}
+        try:
+            module.load_state_dict(own)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise InputError(f"{path} is of other settings ({reason}): use another --out") from None
+        for name, parameter in module.named_parameters() if optimizer else ():
+            start = f"optimizer.{part}:{name}:"
+            kinds = [key.removeprefix(start) for key in tensors if key.startswith(start)]
+            if kinds:
+                optimizer.state[parameter] = {k: tensors[start + k].clone() for k in kinds}
+    return step
+
+
+def log(settings: Settings, **values) -> None:
+    """Append a line to metrics.jsonl."""
+    with open(Path(settings.out) / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def save_grid(path: Path, rows: list[Tensor]) -> None:
+    """Rows of images (B, 3, H, W) in [-1, 1] as one PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)       # (3, h, w)
+    values = ((sheet + 1) * 127.5).round().clamp(0, 255).byte()
+    Image.fromarray(values.permute(1, 2, 0).numpy()).save(path)
+
+
+def scenes(settings: Settings, first: int, count: int) -> Tensor:
+    """`count` scenes from seed `first` on, (count, 3, H, W) uint8."""
+    images = np.empty((count, settings.size, settings.size, 3), np.uint8)
+    for i in tqdm(range(count), desc="render", unit="scene", leave=False):
+        images[i] = render(first + i, settings.size, settings.size).image
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def to_input(images: Tensor) -> Tensor:
+    """uint8 RGB -> float32 in [-1, 1], in the layout that is fastest for convolutions here."""
+    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 1: the autoencoder
+
+def make_autoencoder(settings: Settings) -> Autoencoder:
+    """Untrained, from the seed; the posterior starts narrow, else nothing is seen for long."""
+    torch.manual_seed(settings.seed)
+    model = Autoencoder(settings.vae_channels, settings.latent_channels, settings.groups,
+                        settings.layers)
+    nn.init.constant_(model.quant_conv.bias[settings.latent_channels:], -6.0)
+    return model.to(memory_format=torch.channels_last)
+
+
+def crops(settings: Settings, images: Tensor, draws: torch.Generator) -> Tensor:
+    """A batch of random crops, half of them mirrored, (B, 3, crop, crop) in [-1, 1]."""
+    room = settings.size - settings.crop + 1
+    rows = torch.randint(len(images), (settings.vae_batch,), generator=draws).tolist()
+    corners = torch.randint(room, (settings.vae_batch, 2), generator=draws).tolist()
+    cut = [images[i, :, y:y + settings.crop, x:x + settings.crop]
+           for i, (y, x) in zip(rows, corners)]
+    return to_input(torch.stack([c.flip(-1) if i % 2 else c for i, c in enumerate(cut)]))
+
+
+def reconstruction_error(ours: Tensor, images: Tensor, gradients: float) -> Tensor:
+    """Mean absolute error at 1/1 and 1/4, plus that of the differences between neighbours."""
+    error = ours - images
+    across, down = error[..., 1:] - error[..., :-1], error[:, :, 1:] - error[:, :, :-1]
+    coarse = F.avg_pool2d(error, 4)
+    return (error.abs().mean() + coarse.abs().mean()
+            + gradients / 2 * (across.abs().mean() + down.abs().mean()))
+
+
+def autoencoder_loss(model: Autoencoder, images: Tensor, settings: Settings,
+                     draws: torch.Generator) -> Tensor:
+    """Reconstruction from a draw of the posterior, and a little of its divergence from N(0, 1)."""
+    mean, log_variance = model.posterior(images)
+    noise = torch.randn(mean.shape, generator=draws)
+    ours = model.decode(mean + (0.5 * log_variance).exp() * noise)
+    divergence = 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
+    return reconstruction_error(ours, images, settings.gradients) + settings.kl * divergence
+
+
+@torch.no_grad()
+def judge_autoencoder(model: Autoencoder, images: Tensor) -> tuple[dict, Tensor]:
+    """PSNR in dB and the latents' spread on uint8 images; their reconstructions from the mean."""
+    inputs = to_input(images)
+    latents = model(inputs)
+    ours = torch.cat([model.decode(z) for z in latents.split(16)]).clamp(-1, 1)
+    errors = ((ours - inputs) / 2).square().mean(dim=(1, 2, 3))          # of values 0..1, (B,)
+    return {"psnr": -10 * errors.log10().mean().item(), "latent_std": latents.std().item(),
+            "posterior_std": (0.5 * model.posterior(inputs)[1]).exp().mean().item()}, ours
+
+
+def train_autoencoder(settings: Settings) -> None:
+    """Stage 1, resumable; at the end the latents are given mean 0 and spread 1 per channel."""
+    run = Path(settings.out)
+    model = make_autoencoder(settings)
+    optimizer = optimizer_of(settings, model)
+    path = run / "autoencoder.safetensors"
+    done = load_state(path, {"vae": model}, optimizer)
+    held_out = scenes(settings, HELD_OUT, 64)
+    images = scenes(settings, FIRST_SCENE, settings.vae_scenes if done < settings.vae_steps else 1)
+    bar = tqdm(range(done, settings.vae_steps), initial=done, total=settings.vae_steps,
+               desc="autoencoder")
+    for step in bar:
+        draws = generator(settings, step)
+        set_rate(optimizer, settings, step, settings.vae_steps)
+        loss = autoencoder_loss(model, crops(settings, images, draws), settings, draws)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.vae_steps:
+            save_state(path, step + 1, {"vae": model}, optimizer)
+            values, ours = judge_autoencoder(model, held_out)
+            log(settings, stage="autoencoder", step=step + 1, loss=loss.item(), **values)
+            bar.set_postfix(values)
+            save_grid(run / "pictures" / "autoencoder.png", [to_input(held_out[:8]), ours[:8]])
+    finish_autoencoder(settings, model, scenes(settings, HELD_OUT, 256))
+
+
+@torch.no_grad()
+def finish_autoencoder(settings: Settings, model: Autoencoder, images: Tensor) -> None:
+    """Write RUN/vae.safetensors: latents of mean 0 and spread 1, so that scaling_factor is 1."""
+    latents = torch.cat([model(to_input(part)) for part in images.split(32)])
+    model.absorb(latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
+    tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
+    path = Path(settings.out) / "vae.safetensors"
+    save_file(tensors, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+    log(settings, stage="vae", **judge_autoencoder(model, images)[0])
+
+
+# ------------------------------------------------------------------------------------------------
+# Latents and captions
+
+def load_autoencoder(settings: Settings) -> Autoencoder:
+    """RUN/vae.safetensors, frozen."""
+    path = Path(settings.out) / "vae.safetensors"
+    if not path.exists():
+        raise InputError(f"{path} does not exist: run `python -m tools.pretrain autoencoder` first")
+    model = make_autoencoder(settings)
+    model.load_state_dict(load_file(path))
+    return model.requires_grad_(False).eval()
+
+
+def caption_scenes(settings: Settings, first: int, count: int) -> tuple[Tensor, list[str]]:
+    """Pictures (count, 3, H, W) uint8 and `settings.captions` texts of each, one after another."""
+    images, texts = np.empty((count, settings.size, settings.size, 3), np.uint8), []
+    for i in tqdm(range(count), desc="render", unit="scene", leave=False):
+        scene, world = render_world(first + i, settings.size, settings.size)
+        images[i] = scene.image
+        texts += captions(scene, world, first + i, settings.captions)
+    return torch.from_numpy(images).permute(0, 3, 1, 2), texts
+
+
+@torch.no_grad()
+def write_shard(settings: Settings, model: Autoencoder, path: Path, first: int, count: int) -> None:
+    """Posterior means (count, C, h, w), in float16, and caption ids (count, captions, tokens)."""
+    images, texts = caption_scenes(settings, first, count)
+    folder = Path(settings.out)
+    if not (folder / "tokenizer" / "special_tokens_map.json").exists():
+        save_tokenizer(folder / "tokenizer", texts, settings.merges, settings.tokens)
+    ids = Tokenizer.from_pretrained(settings.out)(texts)
+    latents = torch.cat([model(to_input(part)) for part in images.split(64)])
+    temporary = path.with_suffix(".tmp")
+    save_file({"latents": latents.half(), "ids": ids.view(count, settings.captions, -1).int()},
+              temporary)
+    os.replace(temporary, path)
+
+
+def make_cache(settings: Settings) -> None:
+    """RUN/latents/: the missing ones of the files that `diffusion` reads."""
+    folder, model = Path(settings.out) / "latents", load_autoencoder(settings)
+    folder.mkdir(exist_ok=True)
+    for first in tqdm(range(0, settings.scenes, settings.shard), desc="cache", unit="file"):
+        path = folder / f"{first:08d}.safetensors"
+        if not path.exists():
+            count = min(settings.shard, settings.scenes - first)
+            write_shard(settings, model, path, FIRST_SCENE + first, count)
+        if not (folder / "held_out.safetensors").exists():
+            write_shard(settings, model, folder / "held_out.safetensors", HELD_OUT,
+                        settings.held_out)
+
+
+def load_cache(settings: Settings) -> tuple[Tensor, Tensor]:
+    """All latents (N, C, h, w) and ids (N, captions, tokens) that have been made so far."""
+    paths = sorted((Path(settings.out) / "latents").glob("0*.safetensors"))
+    shards = [load_file(path) for path in paths]
+    return torch.cat([s["latents"] for s in shards]), torch.cat([s["ids"] for s in shards])
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 2: diffusion
+
+class Denoiser(nn.Module):
+    """UNet and text encoder: noisy latents, timestep and caption -> the noise in them."""
+
+    def __init__(self, settings: Settings, vocabulary: int):
+        super().__init__()
+        self.unet = UNet(settings.unet_channels, settings.heads, settings.width,
+                         settings.latent_channels, settings.groups, settings.layers)
+        self.text_encoder = TextEncoder(TextConfig(
+            vocabulary, settings.width, 4 * settings.width, settings.text_layers, settings.heads,
+            settings.tokens))
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+        """(B, C, h, w), (B,) in 0..999, (B, L) -> (B, C, h, w)."""
+        context, _ = self.text_encoder(ids)
+        features = self.unet(noisy, self.unet.embed_timestep(timesteps), context)
+        return self.unet.to_latents(features[0])
+
+
+def signal_shares() -> Tensor:
+    """Share of the signal's variance that is left at each timestep, (1000,): alphas_cumprod.
+
+    Stable Diffusion's schedule, "scaled linear": the noise's standard deviation grows linearly.
+    """
+    return torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2, dim=0)
+
+
+def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Latents as they are at the timesteps (B,)."""
+    share = signal_shares()[timesteps, None, None, None]
+    return share.sqrt() * latents + (1 - share).sqrt() * noise
+
+
+def diffusion_loss(model: Denoiser, latents: Tensor, ids: Tensor, settings: Settings,
+                   tokenizer: Tokenizer, draws: torch.Generator) -> Tensor:
+    """Mean squared error of the noise predicted for a random batch; timesteps evenly spread."""
+    B = settings.batch
+    rows = torch.randint(len(latents), (B,), generator=draws)
+    texts = ids[rows, torch.randint(ids.shape[1], (B,), generator=draws)].long()
+    dropped = torch.rand(B, generator=draws) < settings.drop
+    texts = torch.where(dropped[:, None], tokenizer([""]), texts)
+    timesteps = ((torch.arange(B) + torch.rand(B, generator=draws)) * (1000 / B)).long()
+    clean = latents[rows].float()
+    noise = torch.randn(clean.shape, generator=draws)
+    return F.mse_loss(model(add_noise(clean, noise, timesteps), timesteps, texts), noise)
+
+
+@torch.no_grad()
+def judge_diffusion(model: Denoiser, latents: Tensor, ids: Tensor) -> dict:
+    """Loss on held-out scenes by quarter of the timesteps, and with others' captions."""
+    draws = torch.Generator().manual_seed(0)
+    timesteps = torch.randperm(len(latents), generator=draws) * 1000 // len(latents)
+    clean = latents.float()
+    noise = torch.randn(clean.shape, generator=draws)
+    noisy, losses = add_noise(clean, noise, timesteps), []
+    for texts in (ids[:, 0].long(), ids[:, 0].roll(1, 0).long()):
+        guess = torch.cat([model(*part) for part in
+                           zip(noisy.split(64), timesteps.split(64), texts.split(64))])
+        losses.append((guess - noise).square().mean(dim=(1, 2, 3)))
+    quarters = [losses[0][timesteps // 250 == quarter].mean().item() for quarter in range(4)]
+    return {"held_out": losses[0].mean().item(), "quarters": [round(q, 4) for q in quarters],
+            "wrong_captions": losses[1].mean().item()}
+
+
+@torch.no_grad()
+def average_weights(averaged: nn.Module, model: nn.Module, keep: float) -> None:
+    """Move the averaged weights towards the model's by 1 - keep."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - keep)
+
+
+def make_denoiser(settings: Settings) -> tuple[Denoiser, Denoiser, Tokenizer]:
+    """Untrained model, its averaged twin, and the tokenizer of the cached captions."""
+    tokenizer = Tokenizer.from_pretrained(settings.out)
+    torch.manual_seed(settings.seed)
+    model = Denoiser(settings, len(tokenizer.vocabulary))
+    return model, deepcopy(model).requires_grad_(False), tokenizer
+
+
+def train_diffusion(settings: Settings) -> None:
+    """Stage 2, resumable; every `save_every` steps a checkpoint, figures, pictures, an export."""
+    run = Path(settings.out)
+    vae = load_autoencoder(settings)
+    if not list(run.glob("latents/0*.safetensors")):
+        make_cache(settings)
+    held_out = load_file(run / "latents" / "held_out.safetensors")
+    latents, ids = load_cache(settings)
+    model, averaged, tokenizer = make_denoiser(settings)
+    optimizer = optimizer_of(settings, model)
+    parts = {"model": model, "averaged": averaged}
+    done = load_state(run / "diffusion.safetensors", parts, optimizer)
+    bar = tqdm(range(done, settings.steps), initial=done, total=settings.steps, desc="diffusion")
+    total, count, since = 0.0, 0, time.monotonic()
+    for step in bar:
+        set_rate(optimizer, settings, step, settings.steps)
+        loss = diffusion_loss(model, latents, ids, settings, tokenizer, generator(settings, step))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {step}")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average_weights(averaged, model, min(settings.average, (step + 1) / (step + 10)))
+        total, count = total + loss.item(), count + 1
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+            save_state(run / "diffusion.safetensors", step + 1, parts, optimizer)
+            values = judge_diffusion(averaged, held_out["latents"], held_out["ids"])
+            log(settings, stage="diffusion", step=step + 1, images=(step + 1) * settings.batch,
+                loss=total / count, **values, scenes=len(latents),
+                seconds=time.monotonic() - since)
+            bar.set_postfix(loss=total / count, held_out=values["held_out"])
+            save_samples(settings, averaged, vae, tokenizer)
+            export_run(settings, averaged, vae, step + 1)
+            total, count, since = 0.0, 0, time.monotonic()
+            if 0 < len(latents) < settings.scenes:               # `cache` may still be at work
+                latents, ids = load_cache(settings)
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 3: samples and the exported folder
+
+@torch.no_grad()
+def sample(model: Denoiser, noise: Tensor, ids: Tensor, empty: Tensor, steps: int,
+           guidance: float) -> Tensor:
+    """DDIM without fresh noise (Song et al. 2020), with guidance (Ho & Salimans 2022).
+
+    noise (B, C, h, w), ids (B, L) of the prompts, empty (1, L) of "" -> latents (B, C, h, w).
+    As in diffusers' DDIMScheduler with Stable Diffusion's settings: timesteps 1, 1 + 1000 / steps,
+    ..., the last step goes to timestep 0's share of signal.
+    """
+    shares, stride, x = signal_shares(), 1000 // steps, noise
+    for t in [1 + i * stride for i in reversed(range(steps))]:
+        now, then = shares[t], shares[max(t - stride, 0)]
+        timesteps = torch.full((2 * len(x),), t)
+        both = model(torch.cat([x, x]), timesteps, torch.cat([empty.expand_as(ids), ids]))
+        without, with_text = both.chunk(2)
+        guess = without + guidance * (with_text - without)
+        clean = (x - (1 - now).sqrt() * guess) / now.sqrt()
+        x = then.sqrt() * clean + (1 - then).sqrt() * guess
+    return x
+
+
+PROMPTS = ("two balls and a cone", "a red ball on checkered ground under a blue sky",
+           "a person in a green shirt and blue trousers seen from behind",
+           "a large yellow box on the left and a person", "two people on a striped floor",
+           "a purple cylinder in front of a cone under a cloudy sky",
+           "a person with both arms up", "three boxes on gray ground")
+
+
+def save_samples(settings: Settings, model: Denoiser, vae: Autoencoder,
+                 tokenizer: Tokenizer) -> None:
+    """RUN/pictures/samples.png: two rows for `PROMPTS`, from the same noise every time."""
+    side, draws = settings.size // 8, torch.Generator().manual_seed(settings.seed)
+    noise = torch.randn(2 * len(PROMPTS), settings.latent_channels, side, side, generator=draws)
+    latents = sample(model, noise, tokenizer(list(PROMPTS) * 2), tokenizer([""]),
+                     settings.sample_steps, settings.guidance)
+    rows = list(vae.decode(latents).clamp(-1, 1).split(len(PROMPTS)))
+    save_grid(Path(settings.out) / "pictures" / "samples.png", rows)
+
+
+def load_run(settings: Settings) -> tuple[Denoiser, Autoencoder, Tokenizer, int]:
+    """The averaged model, the autoencoder, the tokenizer and the number of steps done."""
+    vae = load_autoencoder(settings)
+    model, averaged, tokenizer = make_denoiser(settings)
+    path = Path(settings.out) / "diffusion.safetensors"
+    done = load_state(path, {"model": model, "averaged": averaged})
+    if not done:
+        raise InputError(f"{path} does not exist: run `python -m tools.pretrain diffusion` first")
+    return averaged, vae, tokenizer, done
+
+
+def sample_prompt(settings: Settings) -> None:
+    """Stage 3: RUN/sample.png, eight pictures for one prompt."""
+    model, vae, tokenizer, _ = load_run(settings)
+    side, draws = settings.size // 8, torch.Generator().manual_seed(settings.seed)
+    noise = torch.randn(8, settings.latent_channels, side, side, generator=draws)
+    latents = sample(model, noise, tokenizer([settings.prompt] * 8), tokenizer([""]),
+                     settings.sample_steps, settings.guidance)
+    path = Path(settings.out) / "sample.png"
+    save_grid(path, list(vae.decode(latents).clamp(-1, 1).split(4)))
+    print(f"wrote {path}")
+
+
+def export_run(settings: Settings, model: Denoiser, vae: Autoencoder, step: int) -> None:
+    """Write the averaged model in Stable Diffusion's layout, with its card."""
+    lines = (Path(settings.out) / "metrics.jsonl").read_text().splitlines()
+    export(Path(settings.export), asdict(settings), model.unet, vae, model.text_encoder,
+           Path(settings.out) / "tokenizer", [json.loads(line) for line in lines])
+
+
+def export_last(settings: Settings) -> None:
+    """Export the last checkpoint."""
+    model, vae, _, done = load_run(settings)
+    export_run(settings, model, vae, done)
+    print(f"wrote {settings.export}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+
+STAGES = {"autoencoder": train_autoencoder, "cache": make_cache, "diffusion": train_diffusion,
+          "sample": sample_prompt, "export": export_last}
+
+
+def parse(arguments: list[str] | None) -> tuple[str, Settings]:
+    """Stage and settings from the command line; every field of `Settings` is a flag."""
+    parser = argparse.ArgumentParser(prog="python -m tools.pretrain", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    for field in fields(Settings):
+        many = {"nargs": "+", "type": int} if isinstance(field.default, tuple) else \
+            {"type": type(field.default)}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **many)
+    values = vars(parser.parse_args(arguments))
+    stage = values.pop("stage")
+    return stage, Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one stage."""
+    stage, settings = parse(arguments)
+    Path(settings.out).mkdir(parents=True, exist_ok=True)
+    (Path(settings.out) / "settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    STAGES[stage](settings)
+
+
+if __name__ == "__main__":
+    run_command(main)
