@@ -27,6 +27,7 @@ BACKGROUND = 0.05        # the same for ground and sky
 LEFT, RIGHT, MIDDLE = 0.35, 0.65, 0.06
 NEAR, FAR = 3.5, 8.0
 
+PREFIXES = ("a photo of ", "a picture of ")
 NUMBERS = ("no", "a", "two", "three", "four", "five", "six")
 PLURALS = {"box": "boxes", "person": "people"}                  # the others take an s
 TEXTURES = {CHECKER: "checkered", RINGS: "ringed", BARS: "striped", BLOTCHES: "spotted"}
@@ -231,11 +232,17 @@ def captions(scene: Scene, world: World, seed: int, count: int = 1) -> list[str]
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         things, text = find_things(scene, world, rng), ""
-        while not text or len(text.replace(",", " ,").split()) > MAX_WORDS:
-            text = sentence(things, rng) if things else "nothing"
+        while not text or count_words(text) > MAX_WORDS:
+            text = sentence(things, rng) if things else "an empty scene"
         background = describe_background(scene, world, rng)
         for phrase in background if rng.random() < 0.6 else background[:int(rng.integers(2))]:
-            if len(f"{text} {phrase}".replace(",", " ,").split()) <= MAX_WORDS:
-                text = f"{text} {phrase}"
+            text = f"{text} {phrase}" if count_words(f"{text} {phrase}") <= MAX_WORDS else text
+        if rng.random() < 0.15 and count_words(text) <= MAX_WORDS - 3:
+            text = PREFIXES[int(rng.integers(2))] + text
         texts.append(text)
     return texts
+
+
+def count_words(text: str) -> int:
+    """Words, commas counted."""
+    return len(text.replace(",", " ,").split())

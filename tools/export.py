@@ -78,10 +78,14 @@ def vae_config(settings: dict) -> dict:
 
 
 def text_config(encoder, tokenizer: Tokenizer) -> dict:
-    """config.json of text_encoder/, in transformers' words."""
+    """config.json of text_encoder/, in transformers' words; 5 and 4 ask for the type differently.
+
+    Without it transformers computes in the file's float16, while diffusers widens UNet and VAE.
+    """
     return {**vars(encoder.config), "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-            "attention_dropout": 0.0, "bos_token_id": tokenizer.start,
+            "attention_dropout": 0.0, "dtype": "float32", "torch_dtype": "float32",
+            "bos_token_id": tokenizer.start,
             "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end}
 
 
