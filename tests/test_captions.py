@@ -75,7 +75,7 @@ def test_places_are_where_the_pixels_are(rows):
 
 
 def test_colours_are_those_of_the_pixels(rows):
-    """A plain colour of a solid is the hue of its visible pixels (their median; 0.04 off at most)."""
+    """A plain colour of a solid is the hue of its visible pixels, 0.04 off at most."""
     checked = 0
     for scene, world, texts in rows:
         for text in texts:

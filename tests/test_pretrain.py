@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from data import VAL_SEED
 from errors import InputError
-from tools import pretrain
+from tools import diffusion, pretrain
 from tools.decoder import Autoencoder
 from tools.pretrain import Settings
 from vpd.text import TextEncoder, Tokenizer
@@ -79,9 +79,9 @@ def test_scenes_are_not_the_tasks():
 def test_noise_schedule_is_stable_diffusions():
     """Shares of signal and noised latents equal diffusers' DDIMScheduler's."""
     oracle = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    assert relative_error(pretrain.signal_shares(), oracle.alphas_cumprod) < 1e-6
+    assert relative_error(diffusion.signal_shares(), oracle.alphas_cumprod) < 1e-6
     latents, noise, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 9, 999])
-    assert relative_error(pretrain.add_noise(latents, noise, t),
+    assert relative_error(diffusion.add_noise(latents, noise, t),
                           oracle.add_noise(latents, noise, t)) < 1e-6
 
 
@@ -129,9 +129,8 @@ def test_figures_and_pictures(run):
 
 def test_export_holds_the_averaged_weights(run):
     """The exported text encoder, tokenizer and UNet are the run's, rounded to float16."""
-    model, vae, tokenizer, done = pretrain.load_run(toy(run))
+    model, vae, tokenizer = pretrain.load_run(toy(run))
     folder = str(run / "tiny-sd")
-    assert done == 4
     text = TextEncoder.from_pretrained(folder).state_dict()
     for name, tensor in model.text_encoder.state_dict().items():
         assert torch.equal(tensor.half().float(), text[name])
@@ -170,13 +169,13 @@ def test_pipeline_of_diffusers_draws_the_same_picture(run, steps):
     folder = run / "tiny-sd"
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    model, vae, tokenizer, _ = pretrain.load_run(toy(run))
+    model, vae, tokenizer = pretrain.load_run(toy(run))
     for module in (model, vae):                                  # as rounded by the export
         module.half().float()
     prompts = ["two balls and a cone", "a red box"]
     noise = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours = pretrain.sample(model, noise, tokenizer(prompts), tokenizer([""]), steps, 3.0)
+        ours = diffusion.sample(model, noise, tokenizer(prompts), tokenizer([""]), steps, 3.0)
         ours = (vae.decode(ours) / 2 + 0.5).clamp(0, 1)
     expected = pipe(prompts, num_inference_steps=steps, guidance_scale=3.0, latents=noise,
                     output_type="pt").images

@@ -94,3 +94,22 @@ class Autoencoder(vae.VAEEncoder):
         quant.bias[C:] -= 2 * spread.log()                        # the log-variances
         post.bias += post.weight[:, :, 0, 0] @ mean
         post.weight *= spread[None, :, None, None]
+
+
+def reconstruction_error(ours: Tensor, images: Tensor, gradients: float) -> Tensor:
+    """Mean absolute error at 1/1 and 1/4, plus that of the differences between neighbours."""
+    error = ours - images
+    across, down = error[..., 1:] - error[..., :-1], error[:, :, 1:] - error[:, :, :-1]
+    coarse = F.avg_pool2d(error, 4)
+    return (error.abs().mean() + coarse.abs().mean()
+            + gradients / 2 * (across.abs().mean() + down.abs().mean()))
+
+
+def autoencoder_loss(model: Autoencoder, images: Tensor, kl: float, gradients: float,
+                     draws: torch.Generator) -> Tensor:
+    """Reconstruction from a draw of the posterior, and `kl` of its divergence from N(0, 1)."""
+    mean, log_variance = model.posterior(images)
+    noise = torch.randn(mean.shape, generator=draws)
+    ours = model.decode(mean + (0.5 * log_variance).exp() * noise)
+    divergence = 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
+    return reconstruction_error(ours, images, gradients) + kl * divergence

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,10 +28,12 @@ from data import VAL_SEED
 from errors import InputError, run_command
 from muon import Muon, split
 from sets.captions import captions
-from shapes import render, render_world
+from shapes import render_world
 from tools.bpe import save_tokenizer
-from tools.decoder import Autoencoder
+from tools.decoder import Autoencoder, autoencoder_loss
+from tools.diffusion import TIMESTEPS, Denoiser, add_noise, sample
 from tools.export import export
+from tools.state import load_state, save_state
 from unet import UNet
 from vpd.text import TextConfig, TextEncoder, Tokenizer
 
@@ -55,7 +56,7 @@ class Settings:
     vae_scenes: int = 8192  # rendered at the start and kept in memory
     crop: int = 64  # pixels; side of the crops that the autoencoder is trained on
     vae_batch: int = 16
-    vae_steps: int = 3000
+    vae_steps: int = 4000
     kl: float = 1e-6  # weight of the latents' divergence from N(0, 1), per latent value
     gradients: float = 1.0  # weight of the L1 error of differences between neighbouring pixels
     # Latents and captions, made once
@@ -70,8 +71,8 @@ class Settings:
     heads: int = 2  # at every level; 8 in Stable Diffusion
     width: int = 64  # of the text encoder, and so of what cross-attention reads
     text_layers: int = 2
-    batch: int = 64
-    steps: int = 40_000
+    batch: int = 32
+    steps: int = 100_000
     drop: float = 0.1  # share of captions replaced by the empty one, for guidance
     average: float = 0.9995  # share of the averaged weights that stays in a step
     guidance: float = 3.0  # of samples: 1 is none
@@ -113,41 +114,6 @@ def set_rate(optimizer: Muon, settings: Settings, step: int, steps: int) -> None
         group["lr"] = group["full_lr"] * share
 
 
-def save_state(path: Path, step: int, modules: dict[str, nn.Module], optimizer: Muon) -> None:
-    """Write modules and moments to one file, under another name until it is complete."""
-    tensors = {}
-    for part, module in modules.items():
-        tensors |= {f"{part}:{name}": t.contiguous() for name, t in module.state_dict().items()}
-        for name, parameter in module.named_parameters():
-            for kind, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{part}:{name}:{kind}"] = value.contiguous()
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, {"step": str(step)})
-    os.replace(temporary, path)
-
-
-def load_state(path: Path, modules: dict[str, nn.Module], optimizer: Muon | None = None) -> int:
-    """Fill modules (and the optimiser) from a checkpoint; returns the steps done, 0 without one."""
-    if not path.exists():
-        return 0
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        step = int(file.metadata()["step"])
-    for part, module in modules.items():
-        own = {k.removeprefix(part + ":"): v for k, v in tensors.items() if k.startswith(part + ":")}
-        try:
-            module.load_state_dict(own)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise InputError(f"{path} is of other settings ({reason}): use another --out") from None
-        for name, parameter in module.named_parameters() if optimizer else ():
-            start = f"optimizer.{part}:{name}:"
-            kinds = [key.removeprefix(start) for key in tensors if key.startswith(start)]
-            if kinds:
-                optimizer.state[parameter] = {k: tensors[start + k].clone() for k in kinds}
-    return step
-
-
 def log(settings: Settings, **values) -> None:
     """Append a line to metrics.jsonl."""
     with open(Path(settings.out) / "metrics.jsonl", "a") as file:
@@ -162,12 +128,14 @@ def save_grid(path: Path, rows: list[Tensor]) -> None:
     Image.fromarray(values.permute(1, 2, 0).numpy()).save(path)
 
 
-def scenes(settings: Settings, first: int, count: int) -> Tensor:
-    """`count` scenes from seed `first` on, (count, 3, H, W) uint8."""
-    images = np.empty((count, settings.size, settings.size, 3), np.uint8)
+def scenes(settings: Settings, first: int, count: int) -> tuple[Tensor, list[str]]:
+    """Scenes from seed `first` on, (count, 3, H, W) uint8, and the captions, one after another."""
+    images, texts = np.empty((count, settings.size, settings.size, 3), np.uint8), []
     for i in tqdm(range(count), desc="render", unit="scene", leave=False):
-        images[i] = render(first + i, settings.size, settings.size).image
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+        scene, world = render_world(first + i, settings.size, settings.size)
+        images[i] = scene.image
+        texts += captions(scene, world, first + i, settings.captions)
+    return torch.from_numpy(images).permute(0, 3, 1, 2), texts
 
 
 def to_input(images: Tensor) -> Tensor:
@@ -197,25 +165,6 @@ def crops(settings: Settings, images: Tensor, draws: torch.Generator) -> Tensor:
     return to_input(torch.stack([c.flip(-1) if i % 2 else c for i, c in enumerate(cut)]))
 
 
-def reconstruction_error(ours: Tensor, images: Tensor, gradients: float) -> Tensor:
-    """Mean absolute error at 1/1 and 1/4, plus that of the differences between neighbours."""
-    error = ours - images
-    across, down = error[..., 1:] - error[..., :-1], error[:, :, 1:] - error[:, :, :-1]
-    coarse = F.avg_pool2d(error, 4)
-    return (error.abs().mean() + coarse.abs().mean()
-            + gradients / 2 * (across.abs().mean() + down.abs().mean()))
-
-
-def autoencoder_loss(model: Autoencoder, images: Tensor, settings: Settings,
-                     draws: torch.Generator) -> Tensor:
-    """Reconstruction from a draw of the posterior, and a little of its divergence from N(0, 1)."""
-    mean, log_variance = model.posterior(images)
-    noise = torch.randn(mean.shape, generator=draws)
-    ours = model.decode(mean + (0.5 * log_variance).exp() * noise)
-    divergence = 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
-    return reconstruction_error(ours, images, settings.gradients) + settings.kl * divergence
-
-
 @torch.no_grad()
 def judge_autoencoder(model: Autoencoder, images: Tensor) -> tuple[dict, Tensor]:
     """PSNR in dB and the latents' spread on uint8 images; their reconstructions from the mean."""
@@ -234,14 +183,15 @@ def train_autoencoder(settings: Settings) -> None:
     optimizer = optimizer_of(settings, model)
     path = run / "autoencoder.safetensors"
     done = load_state(path, {"vae": model}, optimizer)
-    held_out = scenes(settings, HELD_OUT, 64)
-    images = scenes(settings, FIRST_SCENE, settings.vae_scenes if done < settings.vae_steps else 1)
+    held_out, _ = scenes(settings, HELD_OUT, 64)
+    images, _ = scenes(settings, FIRST_SCENE, settings.vae_scenes * (done < settings.vae_steps))
     bar = tqdm(range(done, settings.vae_steps), initial=done, total=settings.vae_steps,
                desc="autoencoder")
     for step in bar:
         draws = generator(settings, step)
         set_rate(optimizer, settings, step, settings.vae_steps)
-        loss = autoencoder_loss(model, crops(settings, images, draws), settings, draws)
+        loss = autoencoder_loss(model, crops(settings, images, draws), settings.kl,
+                                settings.gradients, draws)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -251,7 +201,7 @@ def train_autoencoder(settings: Settings) -> None:
             log(settings, stage="autoencoder", step=step + 1, loss=loss.item(), **values)
             bar.set_postfix(values)
             save_grid(run / "pictures" / "autoencoder.png", [to_input(held_out[:8]), ours[:8]])
-    finish_autoencoder(settings, model, scenes(settings, HELD_OUT, 256))
+    finish_autoencoder(settings, model, scenes(settings, HELD_OUT, 256)[0])
 
 
 @torch.no_grad()
@@ -279,20 +229,13 @@ def load_autoencoder(settings: Settings) -> Autoencoder:
     return model.requires_grad_(False).eval()
 
 
-def caption_scenes(settings: Settings, first: int, count: int) -> tuple[Tensor, list[str]]:
-    """Pictures (count, 3, H, W) uint8 and `settings.captions` texts of each, one after another."""
-    images, texts = np.empty((count, settings.size, settings.size, 3), np.uint8), []
-    for i in tqdm(range(count), desc="render", unit="scene", leave=False):
-        scene, world = render_world(first + i, settings.size, settings.size)
-        images[i] = scene.image
-        texts += captions(scene, world, first + i, settings.captions)
-    return torch.from_numpy(images).permute(0, 3, 1, 2), texts
-
-
 @torch.no_grad()
 def write_shard(settings: Settings, model: Autoencoder, path: Path, first: int, count: int) -> None:
-    """Posterior means (count, C, h, w), in float16, and caption ids (count, captions, tokens)."""
-    images, texts = caption_scenes(settings, first, count)
+    """Posterior means (count, C, h, w), in float16, and caption ids (count, captions, tokens).
+
+    Stable Diffusion learns from draws of the posterior; ours is narrow, and perception reads means.
+    """
+    images, texts = scenes(settings, first, count)
     folder = Path(settings.out)
     if not (folder / "tokenizer" / "special_tokens_map.json").exists():
         save_tokenizer(folder / "tokenizer", texts, settings.merges, settings.tokens)
@@ -328,38 +271,6 @@ def load_cache(settings: Settings) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------
 # Stage 2: diffusion
 
-class Denoiser(nn.Module):
-    """UNet and text encoder: noisy latents, timestep and caption -> the noise in them."""
-
-    def __init__(self, settings: Settings, vocabulary: int):
-        super().__init__()
-        self.unet = UNet(settings.unet_channels, settings.heads, settings.width,
-                         settings.latent_channels, settings.groups, settings.layers)
-        self.text_encoder = TextEncoder(TextConfig(
-            vocabulary, settings.width, 4 * settings.width, settings.text_layers, settings.heads,
-            settings.tokens))
-
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        """(B, C, h, w), (B,) in 0..999, (B, L) -> (B, C, h, w)."""
-        context, _ = self.text_encoder(ids)
-        features = self.unet(noisy, self.unet.embed_timestep(timesteps), context)
-        return self.unet.to_latents(features[0])
-
-
-def signal_shares() -> Tensor:
-    """Share of the signal's variance that is left at each timestep, (1000,): alphas_cumprod.
-
-    Stable Diffusion's schedule, "scaled linear": the noise's standard deviation grows linearly.
-    """
-    return torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2, dim=0)
-
-
-def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Latents as they are at the timesteps (B,)."""
-    share = signal_shares()[timesteps, None, None, None]
-    return share.sqrt() * latents + (1 - share).sqrt() * noise
-
-
 def diffusion_loss(model: Denoiser, latents: Tensor, ids: Tensor, settings: Settings,
                    tokenizer: Tokenizer, draws: torch.Generator) -> Tensor:
     """Mean squared error of the noise predicted for a random batch; timesteps evenly spread."""
@@ -368,7 +279,7 @@ def diffusion_loss(model: Denoiser, latents: Tensor, ids: Tensor, settings: Sett
     texts = ids[rows, torch.randint(ids.shape[1], (B,), generator=draws)].long()
     dropped = torch.rand(B, generator=draws) < settings.drop
     texts = torch.where(dropped[:, None], tokenizer([""]), texts)
-    timesteps = ((torch.arange(B) + torch.rand(B, generator=draws)) * (1000 / B)).long()
+    timesteps = ((torch.arange(B) + torch.rand(B, generator=draws)) * (TIMESTEPS / B)).long()
     clean = latents[rows].float()
     noise = torch.randn(clean.shape, generator=draws)
     return F.mse_loss(model(add_noise(clean, noise, timesteps), timesteps, texts), noise)
@@ -378,7 +289,7 @@ def diffusion_loss(model: Denoiser, latents: Tensor, ids: Tensor, settings: Sett
 def judge_diffusion(model: Denoiser, latents: Tensor, ids: Tensor) -> dict:
     """Loss on held-out scenes by quarter of the timesteps, and with others' captions."""
     draws = torch.Generator().manual_seed(0)
-    timesteps = torch.randperm(len(latents), generator=draws) * 1000 // len(latents)
+    timesteps = torch.randperm(len(latents), generator=draws) * TIMESTEPS // len(latents)
     clean = latents.float()
     noise = torch.randn(clean.shape, generator=draws)
     noisy, losses = add_noise(clean, noise, timesteps), []
@@ -386,7 +297,7 @@ def judge_diffusion(model: Denoiser, latents: Tensor, ids: Tensor) -> dict:
         guess = torch.cat([model(*part) for part in
                            zip(noisy.split(64), timesteps.split(64), texts.split(64))])
         losses.append((guess - noise).square().mean(dim=(1, 2, 3)))
-    quarters = [losses[0][timesteps // 250 == quarter].mean().item() for quarter in range(4)]
+    quarters = [losses[0][timesteps * 4 // TIMESTEPS == quarter].mean().item() for quarter in range(4)]
     return {"held_out": losses[0].mean().item(), "quarters": [round(q, 4) for q in quarters],
             "wrong_captions": losses[1].mean().item()}
 
@@ -401,24 +312,27 @@ def make_denoiser(settings: Settings) -> tuple[Denoiser, Denoiser, Tokenizer]:
     """Untrained model, its averaged twin, and the tokenizer of the cached captions."""
     tokenizer = Tokenizer.from_pretrained(settings.out)
     torch.manual_seed(settings.seed)
-    model = Denoiser(settings, len(tokenizer.vocabulary))
+    unet = UNet(settings.unet_channels, settings.heads, settings.width, settings.latent_channels,
+                settings.groups, settings.layers)
+    text_encoder = TextEncoder(TextConfig(
+        len(tokenizer.vocabulary), settings.width, 4 * settings.width, settings.text_layers,
+        settings.heads, settings.tokens))
+    model = Denoiser(unet, text_encoder)
     return model, deepcopy(model).requires_grad_(False), tokenizer
 
 
 def train_diffusion(settings: Settings) -> None:
     """Stage 2, resumable; every `save_every` steps a checkpoint, figures, pictures, an export."""
-    run = Path(settings.out)
-    vae = load_autoencoder(settings)
+    run, vae = Path(settings.out), load_autoencoder(settings)
     if not list(run.glob("latents/0*.safetensors")):
         make_cache(settings)
-    held_out = load_file(run / "latents" / "held_out.safetensors")
     latents, ids = load_cache(settings)
     model, averaged, tokenizer = make_denoiser(settings)
     optimizer = optimizer_of(settings, model)
     parts = {"model": model, "averaged": averaged}
     done = load_state(run / "diffusion.safetensors", parts, optimizer)
     bar = tqdm(range(done, settings.steps), initial=done, total=settings.steps, desc="diffusion")
-    total, count, since = 0.0, 0, time.monotonic()
+    losses, since = [], time.process_time()
     for step in bar:
         set_rate(optimizer, settings, step, settings.steps)
         loss = diffusion_loss(model, latents, ids, settings, tokenizer, generator(settings, step))
@@ -428,44 +342,30 @@ def train_diffusion(settings: Settings) -> None:
         optimizer.step()
         optimizer.zero_grad()
         average_weights(averaged, model, min(settings.average, (step + 1) / (step + 10)))
-        total, count = total + loss.item(), count + 1
+        losses.append(loss.item())
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             save_state(run / "diffusion.safetensors", step + 1, parts, optimizer)
-            values = judge_diffusion(averaged, held_out["latents"], held_out["ids"])
-            log(settings, stage="diffusion", step=step + 1, images=(step + 1) * settings.batch,
-                loss=total / count, **values, scenes=len(latents),
-                seconds=time.monotonic() - since)
-            bar.set_postfix(loss=total / count, held_out=values["held_out"])
-            save_samples(settings, averaged, vae, tokenizer)
-            export_run(settings, averaged, vae, step + 1)
-            total, count, since = 0.0, 0, time.monotonic()
-            if 0 < len(latents) < settings.scenes:               # `cache` may still be at work
+            report(settings, averaged, vae, tokenizer, step + 1, {
+                "loss": sum(losses) / len(losses), "scenes": len(latents),
+                "seconds": time.process_time() - since})
+            losses, since = [], time.process_time()
+            if len(latents) < settings.scenes:                   # `cache` may still be at work
                 latents, ids = load_cache(settings)
+
+
+def report(settings: Settings, model: Denoiser, vae: Autoencoder, tokenizer: Tokenizer, step: int,
+           values: dict) -> None:
+    """A line of metrics.jsonl, samples and an export of the averaged model."""
+    run = Path(settings.out)
+    held_out = load_file(run / "latents" / "held_out.safetensors")
+    values |= judge_diffusion(model, held_out["latents"], held_out["ids"])
+    log(settings, stage="diffusion", step=step, images=step * settings.batch, **values)
+    draw(settings, run / "pictures" / "samples.png", list(PROMPTS) * 2, model, vae, tokenizer)
+    export_run(settings, model, vae)
 
 
 # ------------------------------------------------------------------------------------------------
 # Stage 3: samples and the exported folder
-
-@torch.no_grad()
-def sample(model: Denoiser, noise: Tensor, ids: Tensor, empty: Tensor, steps: int,
-           guidance: float) -> Tensor:
-    """DDIM without fresh noise (Song et al. 2020), with guidance (Ho & Salimans 2022).
-
-    noise (B, C, h, w), ids (B, L) of the prompts, empty (1, L) of "" -> latents (B, C, h, w).
-    As in diffusers' DDIMScheduler with Stable Diffusion's settings: timesteps 1, 1 + 1000 / steps,
-    ..., the last step goes to timestep 0's share of signal.
-    """
-    shares, stride, x = signal_shares(), 1000 // steps, noise
-    for t in [1 + i * stride for i in reversed(range(steps))]:
-        now, then = shares[t], shares[max(t - stride, 0)]
-        timesteps = torch.full((2 * len(x),), t)
-        both = model(torch.cat([x, x]), timesteps, torch.cat([empty.expand_as(ids), ids]))
-        without, with_text = both.chunk(2)
-        guess = without + guidance * (with_text - without)
-        clean = (x - (1 - now).sqrt() * guess) / now.sqrt()
-        x = then.sqrt() * clean + (1 - then).sqrt() * guess
-    return x
-
 
 PROMPTS = ("two balls and a cone", "a red ball on checkered ground under a blue sky",
            "a person in a green shirt and blue trousers seen from behind",
@@ -474,41 +374,35 @@ PROMPTS = ("two balls and a cone", "a red ball on checkered ground under a blue 
            "a person with both arms up", "three boxes on gray ground")
 
 
-def save_samples(settings: Settings, model: Denoiser, vae: Autoencoder,
-                 tokenizer: Tokenizer) -> None:
-    """RUN/pictures/samples.png: two rows for `PROMPTS`, from the same noise every time."""
+@torch.no_grad()
+def draw(settings: Settings, path: Path, prompts: list[str], model: Denoiser, vae: Autoencoder,
+         tokenizer: Tokenizer) -> None:
+    """Two rows of pictures of the prompts, from the same noise every time, as a PNG."""
     side, draws = settings.size // 8, torch.Generator().manual_seed(settings.seed)
-    noise = torch.randn(2 * len(PROMPTS), settings.latent_channels, side, side, generator=draws)
-    latents = sample(model, noise, tokenizer(list(PROMPTS) * 2), tokenizer([""]),
-                     settings.sample_steps, settings.guidance)
-    rows = list(vae.decode(latents).clamp(-1, 1).split(len(PROMPTS)))
-    save_grid(Path(settings.out) / "pictures" / "samples.png", rows)
+    noise = torch.randn(len(prompts), settings.latent_channels, side, side, generator=draws)
+    latents = sample(model, noise, tokenizer(prompts), tokenizer([""]), settings.sample_steps,
+                     settings.guidance)
+    save_grid(path, list(vae.decode(latents).clamp(-1, 1).chunk(2)))
 
 
-def load_run(settings: Settings) -> tuple[Denoiser, Autoencoder, Tokenizer, int]:
-    """The averaged model, the autoencoder, the tokenizer and the number of steps done."""
+def load_run(settings: Settings) -> tuple[Denoiser, Autoencoder, Tokenizer]:
+    """The averaged model, the autoencoder and the tokenizer of a run."""
     vae = load_autoencoder(settings)
     model, averaged, tokenizer = make_denoiser(settings)
     path = Path(settings.out) / "diffusion.safetensors"
-    done = load_state(path, {"model": model, "averaged": averaged})
-    if not done:
+    if not load_state(path, {"model": model, "averaged": averaged}):
         raise InputError(f"{path} does not exist: run `python -m tools.pretrain diffusion` first")
-    return averaged, vae, tokenizer, done
+    return averaged, vae, tokenizer
 
 
 def sample_prompt(settings: Settings) -> None:
     """Stage 3: RUN/sample.png, eight pictures for one prompt."""
-    model, vae, tokenizer, _ = load_run(settings)
-    side, draws = settings.size // 8, torch.Generator().manual_seed(settings.seed)
-    noise = torch.randn(8, settings.latent_channels, side, side, generator=draws)
-    latents = sample(model, noise, tokenizer([settings.prompt] * 8), tokenizer([""]),
-                     settings.sample_steps, settings.guidance)
     path = Path(settings.out) / "sample.png"
-    save_grid(path, list(vae.decode(latents).clamp(-1, 1).split(4)))
+    draw(settings, path, [settings.prompt] * 8, *load_run(settings))
     print(f"wrote {path}")
 
 
-def export_run(settings: Settings, model: Denoiser, vae: Autoencoder, step: int) -> None:
+def export_run(settings: Settings, model: Denoiser, vae: Autoencoder) -> None:
     """Write the averaged model in Stable Diffusion's layout, with its card."""
     lines = (Path(settings.out) / "metrics.jsonl").read_text().splitlines()
     export(Path(settings.export), asdict(settings), model.unet, vae, model.text_encoder,
@@ -517,8 +411,8 @@ def export_run(settings: Settings, model: Denoiser, vae: Autoencoder, step: int)
 
 def export_last(settings: Settings) -> None:
     """Export the last checkpoint."""
-    model, vae, _, done = load_run(settings)
-    export_run(settings, model, vae, done)
+    model, vae, _ = load_run(settings)
+    export_run(settings, model, vae)
     print(f"wrote {settings.export}")
 
 

@@ -3,7 +3,7 @@
 The encoder must agree with CLIPTextModel of Hugging Face transformers and carries its parameter
 names, the tokenizer with CLIPTokenizer (tests/test_text.py).  Radford et al. 2021, "Learning
 Transferable Visual Models From Natural Language Supervision".  Facts that rewrites get wrong:
-  * attention is causal and nothing is masked: the states behind the end token depend on the padding;
+  * attention is causal and padding is not masked: states behind the end token depend on it;
   * GELU is x * sigmoid(1.702 x);
   * `pooled` is the state at the first end token; start, end and padding ids come from the
     vocabulary, since the ones in SD1.5's text_encoder/config.json belong to another;
