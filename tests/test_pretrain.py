@@ -160,6 +160,10 @@ def test_flags_are_the_settings():
                                       "--kl", "0.1", "--scenes", "9"])
     assert stage == "cache" and settings.kl == 0.1 and settings.scenes == 9
     assert settings.unet_channels == (16, 16, 32, 32) and settings.seed == 0
+    with pytest.raises(InputError, match="width 20 must be a multiple of groups 8"):
+        pretrain.parse(["cache", "--vae-channels", "20", "32", "64", "64"])
+    with pytest.raises(InputError, match="size 100 must be a multiple of 64"):
+        pretrain.parse(["cache", "--size", "100"])
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ TINY = TextConfig(vocab_size=600, hidden_size=48, intermediate_size=100, num_hid
 TEXTS = ["a photo of a ball", "", "  Two\n balls\tand  a CONE ", "it's 1234 o'clock, isn't it?!",
          "'single quotes'", "schön naïve café ÉCOLE İstanbul", "漢字とカナ", "हिन्दी ภาษาไทย", "x" * 50,
          "3½ cups² №5", "wow!!! ... (really)?", "🙂👩‍🚀 done", "e\u0301 combining",
-         "we'll they've I'M", "tab\u00a0nbsp\u3000wide", "a_b-c/d\\e", "ﬁne “quotes” don’t", "\u200bzero\u200dwidth"]
+         "we'll they've I'M", "tab\u00a0nbsp\u3000wide", "a_b-c/d\\e",
+         "ﬁne “quotes” don’t", "\u200bzero\u200dwidth"]
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,12 @@ def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def average_weights(averaged: nn.Module, model: nn.Module, keep: float) -> None:
+    """Move the averaged weights towards the model's by 1 - keep."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - keep)
+
+
+@torch.no_grad()
 def sample(model: Denoiser, noise: Tensor, ids: Tensor, empty: Tensor, steps: int,
            guidance: float) -> Tensor:
     """DDIM without fresh noise (Song et al. 2020), with guidance (Ho & Salimans 2022).
