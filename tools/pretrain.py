@@ -401,9 +401,8 @@ def load_run(settings: Settings) -> tuple[Denoiser, Autoencoder, Tokenizer]:
 
 def sample_prompt(settings: Settings) -> None:
     """Stage 3: RUN/sample.png, eight pictures for one prompt."""
-    path = Path(settings.out) / "sample.png"
-    draw(settings, path, [settings.prompt] * 8, *load_run(settings))
-    print(f"wrote {path}")
+    draw(settings, Path(settings.out) / "sample.png", [settings.prompt] * 8, *load_run(settings))
+    print(f"wrote {settings.out}/sample.png")
 
 
 def export_run(settings: Settings, model: Denoiser, vae: Autoencoder) -> None:
@@ -415,8 +414,7 @@ def export_run(settings: Settings, model: Denoiser, vae: Autoencoder) -> None:
 
 def export_last(settings: Settings) -> None:
     """Export the last checkpoint."""
-    model, vae, _ = load_run(settings)
-    export_run(settings, model, vae)
+    export_run(settings, *load_run(settings)[:2])
     print(f"wrote {settings.export}")
 
 
