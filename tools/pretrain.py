@@ -218,9 +218,8 @@ def finish_autoencoder(settings: Settings, model: Autoencoder, images: Tensor) -
     """Write RUN/vae.safetensors: latents of mean 0 and spread 1, so that scaling_factor is 1."""
     latents = torch.cat([model(to_input(part)) for part in images.split(32)])
     model.absorb(latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
-    tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
     path = Path(settings.out) / "vae.safetensors"
-    save_file(tensors, path.with_suffix(".tmp"))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
     log(settings, stage="vae", **judge_autoencoder(model, images)[0])
 
@@ -258,8 +257,8 @@ def write_shard(settings: Settings, model: Autoencoder, path: Path, first: int, 
 
 def make_cache(settings: Settings) -> None:
     """RUN/latents/: the missing ones of the files that `diffusion` reads."""
-    folder, model = Path(settings.out) / "latents", load_autoencoder(settings)
-    folder.mkdir(exist_ok=True)
+    (folder := Path(settings.out) / "latents").mkdir(parents=True, exist_ok=True)
+    model = load_autoencoder(settings)
     for first in tqdm(range(0, settings.scenes, settings.shard), desc="cache", unit="file"):
         path = folder / f"{first:08d}.safetensors"
         if not path.exists():
@@ -434,9 +433,9 @@ def parse(arguments: list[str] | None) -> tuple[str, Settings]:
         many = {"nargs": "+", "type": int} if isinstance(field.default, tuple) else \
             {"type": type(field.default)}
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **many)
-    values = vars(parser.parse_args(arguments))
-    stage = values.pop("stage")
-    return stage, Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    given = vars(parser.parse_args(arguments))
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return values.pop("stage"), Settings(**values)
 
 
 def main(arguments: list[str] | None = None) -> None:
