@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raycast import BARS, BLOTCHES, CHECKER, GRADIENT, GROUND, RINGS, SKY, SOLID, Material
-from shapes import CLASSES, PERSON, SHIRT, TROUSERS, Scene, World
+from sets.raycast import BARS, BLOTCHES, CHECKER, GRADIENT, GROUND, RINGS, SKY, SOLID, Material
+from sets.shapes import CLASSES, PERSON, SHIRT, TROUSERS, Scene, World
 
 MAX_WORDS = 29
 # Shares of the picture's pixels.

@@ -10,8 +10,8 @@ import pytest
 from transformers import CLIPTokenizer
 
 from sets.captions import MAX_WORDS, VISIBLE, captions, colour_name, count_words
-from shapes import CLASSES, render, render_world
-from tools.bpe import save_tokenizer
+from sets.shapes import CLASSES, render, render_world
+from pretraining.bpe import save_tokenizer
 from vpd.text import Tokenizer
 
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}

@@ -11,8 +11,8 @@ from oracles import randomise
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from errors import InputError
-from tools.bpe import save_tokenizer
+from ops.errors import InputError
+from pretraining.bpe import save_tokenizer
 from vpd.text import BYTES, END, START, TextConfig, TextEncoder, Tokenizer, pieces
 
 TINY = TextConfig(vocab_size=600, hidden_size=48, intermediate_size=100, num_hidden_layers=3,

@@ -10,7 +10,6 @@ RUN (runs/tiny-sd; --out) also holds settings.json, metrics.jsonl and pictures/.
 """
 import argparse
 import json
-import os
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
@@ -21,20 +20,22 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data import VAL_SEED
-from errors import InputError, run_command
-from muon import Muon, split
+from ops.errors import InputError, run_command
+from ops.muon import Muon, split
+from ops.settings import comments
+from pretraining.bpe import save_tokenizer
+from pretraining.decoder import Autoencoder, autoencoder_loss
+from pretraining.diffusion import TIMESTEPS, Denoiser, add_noise, average_weights, sample
+from pretraining.export import export
+from pretraining.state import load_state, save_state, write_tensors
 from sets.captions import captions
-from shapes import render_world
-from tools.bpe import save_tokenizer
-from tools.decoder import Autoencoder, autoencoder_loss
-from tools.diffusion import TIMESTEPS, Denoiser, add_noise, average_weights, sample
-from tools.export import export
-from tools.state import load_state, save_state
-from unet import UNet
+from sets.embedded import VAL_SEED
+from sets.shapes import render_world
+from unet import UNet, UNetConfig
+from vae import VAEConfig
 from vpd.text import TextConfig, TextEncoder, Tokenizer
 
 # Scenes for the tasks: training has seeds 2 k VAL_SEED + [0, VAL_SEED), k = 0, 1, ...; validation
@@ -125,7 +126,7 @@ def set_rate(optimizer: Muon, settings: Settings, step: int, steps: int) -> None
 
 def log(settings: Settings, **values) -> None:
     """Append a line to metrics.jsonl."""
-    with open(Path(settings.out) / "metrics.jsonl", "a") as file:
+    with open(Path(settings.out) / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
 
 
@@ -158,8 +159,8 @@ def to_input(images: Tensor) -> Tensor:
 def make_autoencoder(settings: Settings) -> Autoencoder:
     """Untrained, from the seed; the posterior starts narrow, else nothing is seen for long."""
     torch.manual_seed(settings.seed)
-    model = Autoencoder(settings.vae_channels, settings.latent_channels, settings.groups,
-                        settings.layers)
+    model = Autoencoder(VAEConfig(settings.vae_channels, settings.layers, settings.latent_channels,
+                                  settings.groups))
     nn.init.constant_(model.quant_conv.bias[settings.latent_channels:], -6.0)
     return model.to(memory_format=torch.channels_last)
 
@@ -218,9 +219,7 @@ def finish_autoencoder(settings: Settings, model: Autoencoder, images: Tensor) -
     """Write RUN/vae.safetensors: latents of mean 0 and spread 1, so that scaling_factor is 1."""
     latents = torch.cat([model(to_input(part)) for part in images.split(32)])
     model.absorb(latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
-    path = Path(settings.out) / "vae.safetensors"
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    write_tensors(Path(settings.out) / "vae.safetensors", model.state_dict())
     log(settings, stage="vae", **judge_autoencoder(model, images)[0])
 
 
@@ -249,10 +248,8 @@ def write_shard(settings: Settings, model: Autoencoder, path: Path, first: int, 
         save_tokenizer(folder / "tokenizer", texts, settings.merges, settings.tokens)
     ids = Tokenizer.from_pretrained(settings.out)(texts)
     latents = torch.cat([model(to_input(part)) for part in images.split(64)])
-    temporary = path.with_suffix(".tmp")
-    save_file({"latents": latents.half(), "ids": ids.view(count, settings.captions, -1).int()},
-              temporary)
-    os.replace(temporary, path)
+    write_tensors(path, {"latents": latents.half(),
+                         "ids": ids.view(count, settings.captions, -1).int()})
 
 
 def make_cache(settings: Settings) -> None:
@@ -315,8 +312,8 @@ def make_denoiser(settings: Settings) -> tuple[Denoiser, Denoiser, Tokenizer]:
     """Untrained model, its averaged twin, and the tokenizer of the cached captions."""
     tokenizer = Tokenizer.from_pretrained(settings.out)
     torch.manual_seed(settings.seed)
-    unet = UNet(settings.unet_channels, settings.heads, settings.width, settings.latent_channels,
-                settings.groups, settings.layers)
+    unet = UNet(UNetConfig(settings.unet_channels, settings.layers, settings.heads, settings.width,
+                           settings.latent_channels, settings.groups))
     text_encoder = TextEncoder(TextConfig(
         len(tokenizer.vocabulary), settings.width, 4 * settings.width, settings.text_layers,
         settings.heads, settings.tokens))
@@ -432,7 +429,8 @@ def parse(arguments: list[str] | None) -> tuple[str, Settings]:
     for field in fields(Settings):
         many = {"nargs": "+", "type": int} if isinstance(field.default, tuple) else \
             {"type": type(field.default)}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **many)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, metavar="X",
+                            help=comments(Settings)[field.name].replace("%", "%%"), **many)
     given = vars(parser.parse_args(arguments))
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     return values.pop("stage"), Settings(**values)

@@ -20,8 +20,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
-import weights
-from errors import InputError
+from ops.errors import InputError, read_json
+from weights.files import SD15, assemble, read_tensors
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")  # in the order in which they are tried
@@ -141,20 +141,17 @@ class TextEncoder(nn.Module):
         return hidden, hidden[torch.arange(len(ids)), ids.argmax(dim=1)]
 
     @classmethod
-    def from_pretrained(cls, source: str = weights.SD15) -> "TextEncoder":
+    def from_pretrained(cls, source: str = SD15) -> "TextEncoder":
         """Load text_encoder/ of a Hugging Face folder or hub id; InputError if it is not usable."""
         paths = fetch(source, "text_encoder", ("config.json", "model.safetensors"))
-        given = weights.read_json(paths[0])
+        given = read_json(paths[0])
         config = TextConfig(**{k: given[k] for k in TextConfig.__dataclass_fields__ if k in given})
         if given.get("hidden_act", "quick_gelu") != "quick_gelu":
             raise InputError(f"{paths[0]}: hidden_act is {given['hidden_act']}, Stable Diffusion "
                              "1.x has quick_gelu")
-        tensors = weights.read_tensors(paths[1])
+        tensors = read_tensors(paths[1])
         tensors.pop("text_model.embeddings.position_ids", None)   # 0 1 2 ..., in older files
-        with torch.device("meta"):
-            encoder = cls(config)
-        weights.load_strict(encoder, tensors, paths[1])
-        return encoder
+        return assemble(cls, config, tensors, paths[1])
 
 
 def fetch(source: str, part: str, names: tuple[str, ...]) -> list[Path]:
@@ -249,17 +246,17 @@ class Tokenizer:
         return torch.tensor([row + [self.end] * (length - len(row)) for row in rows])
 
     @classmethod
-    def from_pretrained(cls, source: str = weights.SD15) -> "Tokenizer":
+    def from_pretrained(cls, source: str = SD15) -> "Tokenizer":
         """Load tokenizer/ of a Hugging Face folder or hub id; InputError if it is not usable."""
         names = ("vocab.json", "merges.txt", "tokenizer_config.json")
         vocabulary, merges, config = fetch(source, "tokenizer", names)
-        lines = merges.read_text(encoding="utf-8").splitlines()[1:]   # the first one is a header
-        table = weights.read_json(vocabulary)
+        lines = merges.read_text(encoding="utf-8").split("\n")[1:]   # the first one is a header
+        table = read_json(vocabulary)
         for token in (START, END):
             if token not in table:
                 raise InputError(f"{vocabulary} has no {token}")
         return cls(table, [tuple(line.split()) for line in lines if line.strip()],
-                   weights.read_json(config).get("model_max_length", 77))
+                   read_json(config).get("model_max_length", 77))
 
 
 def join_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:

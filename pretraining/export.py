@@ -2,17 +2,18 @@
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/  README.md
 
-Tensors are float16 under the plain file names; both diffusers and weights.py widen them.
+Tensors are float16 under the plain file names; both diffusers and weights/files.py widen them.
 """
 import json
+import os
 import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint import empty_folder, replace_folder
 from vpd.text import Tokenizer
+from weights.checkpoint import remove
 
 SCHEDULER = {  # Stable Diffusion's, for the DDIM sampler
     "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
@@ -92,7 +93,7 @@ def text_config(encoder, tokenizer: Tokenizer) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """A JSON file, with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_card(path: Path, settings: dict, parameters: int, metrics: list[dict]) -> None:
@@ -116,7 +117,8 @@ def export(folder: Path, settings: dict, unet: nn.Module, vae: nn.Module, text_e
     settings: of tools/pretrain.py; tokenizer: a folder with vocab.json and merges.txt; metrics: the
     lines of metrics.jsonl.
     """
-    new = empty_folder(folder.with_name(folder.name + ".new"))
+    new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
+    remove(new)
     words = Tokenizer.from_pretrained(str(tokenizer.parent))
     shutil.copytree(tokenizer, new / "tokenizer")
     write_json(new / "model_index.json", INDEX)
@@ -131,4 +133,8 @@ def export(folder: Path, settings: dict, unet: nn.Module, vae: nn.Module, text_e
         name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         save_file(tensors, new / part / f"{name}.safetensors", {"format": "pt"})
     write_card(new / "README.md", settings, parameters, metrics)
-    replace_folder(new, folder, keep=False)
+    remove(old)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    remove(old)

@@ -40,11 +40,12 @@ class UpBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents after `post_quant_conv` -> image; `channels` finest level first, as in vae.py."""
+    """Latents after `post_quant_conv` -> image."""
 
-    def __init__(self, channels: tuple[int, ...], latent_channels: int, groups: int, layers: int):
+    def __init__(self, config: vae.VAEConfig):
         super().__init__()
-        c0, c1, c2, c3 = channels
+        (c0, c1, c2, c3), groups, layers = config.channels, config.groups, config.layers
+        latent_channels = config.latent_channels
         self.conv_in = nn.Conv2d(latent_channels, c3, 3, padding=1)
         self.mid_block = vae.MidBlock(c3, groups)
         self.up_blocks = nn.ModuleList([
@@ -67,10 +68,10 @@ class Decoder(nn.Module):
 class Autoencoder(vae.VAEEncoder):
     """The encoder of vae.py with a decoder: diffusers' AutoencoderKL, name for name."""
 
-    def __init__(self, channels: tuple[int, ...], latent_channels: int, groups: int, layers: int):
-        super().__init__(channels, latent_channels, groups, layers)
-        self.decoder = Decoder(self.channels, latent_channels, groups, layers)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+    def __init__(self, config: vae.VAEConfig):
+        super().__init__(config)
+        self.decoder = Decoder(config)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """RGB images (B, 3, H, W) in [-1, 1] -> mean and log-variance, (B, C, H/8, W/8) each."""
@@ -87,7 +88,7 @@ class Autoencoder(vae.VAEEncoder):
 
         What was `z` becomes `(z - mean) / spread` between them; pictures stay as they were.
         """
-        C, quant, post = self.latent_channels, self.quant_conv, self.post_quant_conv
+        C, quant, post = self.config.latent_channels, self.quant_conv, self.post_quant_conv
         quant.bias[:C] -= mean
         quant.weight[:C] /= spread[:, None, None, None]
         quant.bias[:C] /= spread

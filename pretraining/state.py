@@ -7,21 +7,26 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from errors import InputError
+from ops.errors import InputError
+
+
+def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
+    """Write a .safetensors file, under another name until it is complete."""
+    temporary = path.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    os.replace(temporary, path)
 
 
 def save_state(path: Path, step: int, modules: dict[str, nn.Module],
                optimizer: torch.optim.Optimizer) -> None:
-    """Write modules and moments to one file, under another name until it is complete."""
+    """Write modules and moments to one file."""
     tensors = {}
     for part, module in modules.items():
         tensors |= {f"{part}:{name}": t.contiguous() for name, t in module.state_dict().items()}
         for name, parameter in module.named_parameters():
             for kind, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{part}:{name}:{kind}"] = value.contiguous()
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, {"step": str(step)})
-    os.replace(temporary, path)
+    write_tensors(path, tensors, {"step": str(step)})
 
 
 def load_state(path: Path, modules: dict[str, nn.Module],
