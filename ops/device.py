@@ -31,7 +31,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
         cpuinfo = Path("/proc/cpuinfo")
-        flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
+        flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.is_file() else []
         fast = "amx_bf16" in flags or "avx512_bf16" in flags
         return torch.bfloat16 if fast else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]

@@ -44,7 +44,7 @@ def run_command(command) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
-        fail(f"out of memory: {error}", 1)
+        fail(f"out of memory {error}", 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)
 

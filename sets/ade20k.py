@@ -62,7 +62,7 @@ def read_names(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise InputError(f"{path} is missing: one class name per line, in label order from 0")
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")  # no other line ends
+        lines = path.read_bytes().decode("utf-8-sig").rstrip().split("\n")  # no other ends
     except UnicodeDecodeError:
         raise InputError(f"{path} is no UTF-8 text") from None
     names = tuple(line.strip() for line in lines)

@@ -52,24 +52,24 @@ KINDS = {  # name -> (setup, case, share of the time)
     "config.json": (cases.run_setup, cases.config_json, 3),
     "recipe.json": (cases.run_setup, cases.recipe_json, 3),
     "state.json": (cases.run_setup, cases.state_json, 2),
-    "metrics.jsonl, torn": (cases.run_setup, cases.torn_log, 1),
-    "authors' file, bytes": (cases.official_setup, cases.official_bytes, 2),
-    "authors' file, well-formed": (cases.official_setup, cases.official_tensors, 2),
-    "hostile pickles": (cases.official_setup, cases.hostile_pickle, 1),
+    "metrics.jsonl, torn": (cases.run_setup, cases.torn_log, 0.1),
+    "authors' file, bytes": (cases.official_setup, cases.official_bytes, 3),
+    "authors' file, well-formed": (cases.official_setup, cases.official_tensors, 3),
+    "hostile pickles": (cases.official_setup, cases.hostile_pickle, 1.5),
     "Hugging Face config.json": (cases.sd_setup, cases.hf_config, 2),
     "LDM file, bytes": (cases.sd_setup, cases.ldm_bytes, 2),
     "LDM file, well-formed": (cases.sd_setup, cases.ldm_tensors, 2),
-    "images": (sets.pictures_setup, sets.images, 3),
-    "images, EXIF": (sets.pictures_setup, sets.exif, 2),
-    "labels": (sets.pictures_setup, sets.labels, 2),
-    "depth maps": (sets.pictures_setup, sets.depths, 2),
-    "COCO": (sets.people_setup, sets.coco_json, 2),
-    "boxes": (sets.people_setup, sets.boxes_json, 2),
-    "list files": (sets.people_setup, sets.list_file, 1),
-    "classes.txt": (sets.people_setup, sets.class_names, 1),
+    "images": (sets.pictures_setup, sets.images, 1),
+    "images, EXIF": (sets.pictures_setup, sets.exif, 1),
+    "labels": (sets.pictures_setup, sets.labels, 0.5),
+    "depth maps": (sets.pictures_setup, sets.depths, 0.5),
+    "COCO": (sets.people_setup, sets.coco_json, 0.7),
+    "boxes": (sets.people_setup, sets.boxes_json, 0.3),
+    "list files": (sets.people_setup, sets.list_file, 0.2),
+    "classes.txt": (sets.people_setup, sets.class_names, 0.2),
     "flags of train.py": (cases.run_setup, sets.train_flags, 6),
     "flags of eval.py": (sets.eval_setup, sets.eval_flags, 4),
-    "whole commands": (sets.whole_setup, sets.whole_command, 3),
+    "whole commands": (sets.whole_setup, sets.whole_command, 4),
 }
 COLUMNS = ("clean", "failed", "same", "payload", "wrong")
 
@@ -199,7 +199,8 @@ def prepared(kinds: dict, folder: Path) -> dict:
         if setup not in made:
             first = folder / f"first-{number}"
             first.mkdir()
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), \
+                    contextlib.redirect_stderr(io.StringIO()):
                 made[setup] = setup(first)
         boxes[name] = made[setup]._replace(folder=folder / str(number))
         shutil.copytree(made[setup].folder, boxes[name].folder)

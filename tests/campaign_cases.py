@@ -133,7 +133,8 @@ def typed(hint, value) -> bool:
     if isinstance(hint, types.UnionType):
         return any(typed(option, value) for option in typing.get_args(hint))
     if dataclasses.is_dataclass(hint) or hint is object:
-        return all(typed(h, getattr(value, n)) for n, h in typing.get_type_hints(type(value)).items())
+        hints = typing.get_type_hints(type(value))
+        return all(typed(inner, getattr(value, name)) for name, inner in hints.items())
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         return type(value) is tuple and all(typed(items[0], v) for v in value)
@@ -293,7 +294,8 @@ def state_json(rng, box):
     """last/state.json, on resuming."""
     text, what, action = mutate(json.loads(box.good["state.json"]), rng)
     put(box.folder / "run/last/state.json", text.encode("utf-8", "surrogatepass"))
-    made, names = box.good["recipe"], box.good["recipe"].model.class_names
+    made = dataclasses.replace(box.good["recipe"], out=str(box.folder / "run"))
+    names = made.model.class_names
 
     def verdict(found):
         state = found[2]

@@ -115,7 +115,8 @@ class Watch:
         self.arm(0, False)
         for module, names in ((os, ("rename", "replace", "unlink", "remove", "mkdir", "rmdir",
                                     "fsync", "chmod")), (builtins, ("open",)),
-                              (checkpoint, ("save_file",)), (sys.modules[__name__], ("save_file",))):
+                              (checkpoint, ("save_file",)),
+                              (sys.modules[__name__], ("save_file",))):
             for name in names:
                 setattr(module, name, self.watched(getattr(module, name), name))
         watched_open = builtins.open                     # pathlib has the builtin's own

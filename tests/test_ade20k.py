@@ -240,3 +240,10 @@ def test_evaluation_sample(tmp_path):
     assert torch.equal(sample["image"], dataset[5, 0]["image"])
     own = seg_files(tmp_path, image, label, split="val")[0, 0]["image"]
     torch.testing.assert_close(own, torch.from_numpy(image).permute(2, 0, 1) / 255)
+
+
+def test_only_line_feeds_end_a_class_name(folder):
+    """VT, FF, FS, NEL and U+2028 split no name: the labels after it would shift."""
+    names = ["sky\x0bblue", "ro\x0cad", "c\x1car", "x\x85y", "p\u2028q"]
+    (folder / "classes.txt").write_bytes("\n".join(names).encode())
+    assert len(opened(folder).classes.names) == 5

@@ -221,3 +221,73 @@ def test_the_card_has_the_licence_of_its_weights_and_no_path(changes, licence):
     assert f"license: {licence}\n" in card and "after step 7: mIoU 0.5000\n" in card
     assert "/home" not in card and "0.25" not in card and '"num_prompts": 150' in card
     assert ('"backbone": "a local copy"' in card) == (changes.get("backbone") == ".")
+
+
+# ------------------------------------------------------------------------------------------------
+# What an adversary found
+
+def test_two_kills_between_the_renames_lose_nothing(tmp_path, stepped, monkeypatch):
+    """The first when last/ is gone, the second anywhere in the save after: at no moment is the
+    newest checkpoint older than the last one that was saved.
+    """
+    model, optimizer = stepped
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    for after in range(1000):
+        run = tmp_path / str(after)
+        checkpoint.save_last(run, model, optimizer, State(1))
+        checkpoint.save_last(run, model, optimizer, State(2))
+        os.rename(run / "last", run / "last.tmp")        # killed between the two renames
+        finished = saved_or_dead(monkeypatch, after, lambda: checkpoint.save_last(
+            run, model, optimizer, State(3)))
+        assert checkpoint.read_state(checkpoint.find_last(run)[0]).step in (2, 3)
+        shutil.rmtree(run)
+        if finished:
+            break
+    assert 8 < after < 100
+
+
+def test_a_text_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    """Killed at any operation of a rewrite, recipe.json is complete."""
+    path = tmp_path / "recipe.json"
+    for after in range(10):
+        checkpoint.write_text(path, "old")
+        finished = saved_or_dead(monkeypatch, after, lambda: checkpoint.write_text(path, "new"))
+        assert path.read_text() == "new" if finished else path.read_text() in ("old", "new")
+        if finished:
+            break
+    assert after > 1
+
+
+def test_a_moment_without_dimensions_is_refused(tmp_path, stepped):
+    """Fused AdamW would read past its end: the interpreter crashed."""
+    checkpoint.save_last(tmp_path, *stepped, State(1))
+    path = tmp_path / "last" / "optimizer.safetensors"
+    save_file({**load_file(path), "prompts:exp_avg": torch.zeros(())}, path)
+    with pytest.raises(InputError, match=r"prompts:exp_avg is .* of shape \(\)"):
+        checkpoint.load_optimizer(tmp_path / "last", stepped[0], adamw(stepped[0]), 1)
+
+
+def test_a_best_folder_caught_between_its_renames_comes_back(tmp_path, stepped):
+    """best/ is gone, best.tmp/ and best.previous/ are there: the next save finishes it first."""
+    checkpoint.save_best(tmp_path, stepped[0], "first")
+    os.rename(tmp_path / "best", tmp_path / "best.previous")
+    checkpoint.recover(tmp_path / "best", checkpoint.BEST)
+    assert (tmp_path / "best" / "README.md").read_text() == "first"
+    shutil.copytree(tmp_path / "best", tmp_path / "best.tmp")
+    (tmp_path / "best.tmp" / "README.md").write_text("second")
+    shutil.rmtree(tmp_path / "best")
+    checkpoint.recover(tmp_path / "best", checkpoint.BEST)
+    assert (tmp_path / "best" / "README.md").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["best"]
+
+
+def test_a_checkpoint_may_lie_on_another_disk_by_link(tmp_path, stepped):
+    """last/ is a link: it is replaced, what it pointed to stays."""
+    run, other = tmp_path / "r", tmp_path / "other"
+    checkpoint.save_last(run, *stepped, State(1))
+    os.rename(run / "last", other)
+    (run / "last").symlink_to(other)
+    for step in (2, 3, 4):
+        checkpoint.save_last(run, *stepped, State(step))
+    assert [checkpoint.read_state(f).step for f in checkpoint.find_last(run)] == [4, 3]
+    assert checkpoint.read_state(other).step == 1

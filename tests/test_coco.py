@@ -18,7 +18,7 @@ import eval as evaluation
 import train
 from ops import udp
 from ops.errors import InputError, run_command
-from sets.coco import Coco, PoseFolder, read_boxes
+from sets.coco import Coco, PoseFolder, read_boxes, read_coco
 from sets.embedded import PoseScenes
 from sets.files import Cut
 from tasks.recipes import RECIPES, check
@@ -368,3 +368,12 @@ def test_the_full_recipe_takes_a_step_in_bfloat16(tmp_path):
     assert losses["loss"] > 0 and not torch.equal(before, model.prompts)
     assert sum(p.numel() for p in model.parameters()) > 859_520_964 + 34_000_000
     assert peak < 22
+
+
+def test_numbers_that_are_no_measurements_are_refused(tmp_path):
+    """True is no id, 1e12 no place in an image."""
+    for entry, named in ((person(True), "an integer id"), (person(8, image=True), "image_id True"),
+                         (person(8, keypoints=[1e12, 1, 2] * 17), "finite numbers")):
+        make_people(tmp_path, [person(1), entry])
+        with pytest.raises(InputError, match=named):
+            read_coco(tmp_path / "annotations" / "train.json")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ops.errors import InputError
 from tasks.common import batches, bounded, merged
 
 
@@ -39,3 +40,29 @@ def test_batches_are_the_set_in_order(at_once, sizes):
     assert merged([target.tolist() for _, _, target, _ in parts]) == list(range(10))
     drawn = [int(images[i]) for _, images, _, chosen in parts for i in chosen]
     assert drawn == [0, 1, 2, 3, 5, 6, 7, 8]
+
+
+class Broken(Numbers):
+    """The same, of 200; some cannot be read."""
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, key):
+        if key[1] in self.bad:
+            raise InputError(f"{key[1]}.jpg cannot be decoded")
+        return super().__getitem__(key)
+
+
+def test_unreadable_images_are_skipped_and_counted(capsys):
+    """Up to 1 % of a validation set; the others are measured.  More end the evaluation."""
+    parts = list(batches(Broken((3, 8, 9)[:2]), 4, 0, torch.device("cpu")))
+    found = [int(n) for _, _, target, _ in parts for n in target]
+    assert found == [n for n in range(200) if n not in (3, 8)]
+    out = "".join(capsys.readouterr())
+    assert "3.jpg cannot be decoded" in out and "2 unreadable images" in out
+    with pytest.raises(InputError, match="3 of 200 images to validate on .* 9.jpg"):
+        list(batches(Broken((3, 8, 9)), 4, 0, torch.device("cpu")))

@@ -4,8 +4,9 @@
 """
 import pytest
 from helpers import refused
+from safetensors import SafetensorError
 
-from ops.errors import InputError, read_json, run_command
+from ops.errors import InputError, printable, read_json, read_object, run_command
 
 
 def raising(error):
@@ -48,3 +49,34 @@ def test_json_files_that_cannot_be_read_are_named(tmp_path):
         read_json(tmp_path)
     (tmp_path / "good").write_text('{"a": [1, null]}')
     assert read_json(tmp_path / "good") == {"a": [1, None]}
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("a\x1b[31mred", r"a\x1b[31mred"), ("one\ntwo", "one two"), ("caf\udce9.jpg", r"caf\xe9.jpg"),
+    ("\ufeff/kitchen", r"\xfeff/kitchen"), ("name\x00", r"name\x00"), ("café €", "café €")])
+def test_messages_are_printable(monkeypatch, capsys, text, shown):
+    """Terminal escapes, line breaks, NUL and names that are no UTF-8 come escaped, in one line."""
+    assert str(InputError(text)) == printable(text) == shown
+    assert refused(raising(InputError(text)), monkeypatch, capsys) == (2, f"error: {shown}\n")
+    shown.encode()
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+    (SafetensorError("I/O error: No space left"), 1, "error: I/O error: No space left\n"),
+    (MemoryError(), 1, "error: out of memory\n"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1,
+     "error: out of memory [enforce fail] DefaultCPUAllocator: can't allocate memory: you "
+     "tried\n")])
+def test_the_machines_limits_are_one_line(monkeypatch, capsys, error, code, line):
+    """Ctrl-C, a full disk, memory."""
+    assert refused(raising(error), monkeypatch, capsys) == (code, line)
+
+
+def test_a_file_of_another_value_is_no_object(tmp_path):
+    """Where an object is wanted, a list or null is named."""
+    for text in ("[]", "null", "3"):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(InputError, match="a.json holds no JSON object"):
+            read_object(tmp_path / "a.json")

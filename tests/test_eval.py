@@ -356,3 +356,15 @@ def test_a_set_of_other_classes_is_refused(runs, tmp_path, monkeypatch):
         save_image(tmp_path / kind / "val" / "x.png", np.zeros((64, 64), np.uint8))
     with pytest.raises(InputError, match="predicts 7 classes, the data set has 2"):
         asked(monkeypatch, "--checkpoint", runs / "seg", "--dataset", "folder", "--data", tmp_path)
+
+
+@pytest.mark.parametrize("present, found", [
+    (["best.previous", "last"], "best.previous"), (["last.previous"], "last.previous"),
+    (["best", "best.previous"], "best")])
+def test_the_folder_of_a_killed_save_is_found(tmp_path, present, found):
+    """Killed between the renames of best/, evaluation takes the previous best, not last/."""
+    for name in present:
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "model.safetensors"):
+            (tmp_path / name / file).write_text("")
+    assert evaluation.find_checkpoint(str(tmp_path)) == tmp_path / found

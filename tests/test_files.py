@@ -11,6 +11,7 @@ from ldm_names import to_ldm
 from oracles import LEVELS, randomise
 from safetensors.torch import save_file
 
+from model import read_config
 from ops.errors import InputError
 from unet import UNet, UNetConfig
 from vae import VAEConfig
@@ -150,3 +151,36 @@ def test_loaded_tensors_are_mapped_not_copied(unet_folder):
               if files.WEIGHT_FILES[0] in line]
     inside = [any(a <= p.data_ptr() < b for a, b in ranges) for p in unet.parameters()]
     assert all(inside)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda x: torch.full_like(x, float("nan")), "holds values that are not finite"),
+    (lambda x: x.to(torch.complex64), "is torch.complex64, expected torch.float32"),
+    (lambda x: x.to(torch.int32), "is torch.int32"), (lambda x: x > 0, "is torch.bool"),
+    (lambda x: x.to(torch.float8_e5m2), "is torch.float8_e5m2")])
+def test_weights_that_are_no_finite_floats_are_refused(unet_folder, change, message):
+    """Of whatever source: an answer would be nonsense without a word."""
+    path, tensors = tensors_of(unet_folder)
+    name = "conv_in.bias"
+    path.unlink()
+    save_file({**tensors, name: change(tensors[name])}, path)
+    with pytest.raises(InputError, match=f"{name} {message}"):
+        UNet.from_pretrained(str(unet_folder))
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "3"])
+def test_a_config_that_is_no_object_is_refused(unet_folder, text):
+    """Of Stable Diffusion's folder, and of one of our models."""
+    (unet_folder / "unet" / "config.json").write_text(text)
+    with pytest.raises(InputError, match="config.json holds no JSON object"):
+        UNet.from_pretrained(str(unet_folder))
+    with pytest.raises(InputError, match="config.json must be an object"):
+        read_config(unet_folder / "unet" / "config.json")
+
+
+def test_sizes_that_make_no_model_are_refused(unet_folder):
+    """Five levels, or widths that the groups do not divide."""
+    path, tensors = tensors_of(unet_folder)
+    for sizes in ({"channels": (32, 64, 96)}, {"groups": 5}):
+        with pytest.raises(InputError, match="its sizes make no model"):
+            files.assemble(UNet, UNetConfig(**{"channels": LEVELS, **sizes}), tensors, path)

@@ -91,3 +91,17 @@ def test_references_are_alive(path):
         assert not (found := DEAD.search(text)), found
     for cited in CITED.findall(text):
         assert (ROOT / cited).is_file(), cited
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_text_is_utf8_everywhere(path):
+    """Without an encoding, files are read and written in whatever a Windows console prefers."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        name = getattr(node.func, "attr", getattr(node.func, "id", "")) \
+            if isinstance(node, ast.Call) else ""
+        words = [a.value for a in getattr(node, "args", ()) if isinstance(a, ast.Constant)] \
+            if name in ("open", "read_text", "write_text") else []
+        binary = any(isinstance(w, str) and "b" in w and len(w) <= 3 for w in words)
+        if name in ("read_text", "write_text") or name == "open" and "a" in words:
+            assert binary or any(k.arg == "encoding" for k in node.keywords) \
+                or len(node.args) > 1, f"{path.name}:{node.lineno}"

@@ -16,7 +16,7 @@ from trees import KITTI_RGB, cut, make_kitti, make_nyu, write_pair
 import eval as evaluation
 import train
 from ops.errors import InputError, run_command
-from sets.nyu_kitti import DepthFolder, Kitti, Nyu
+from sets.nyu_kitti import DepthFolder, Kitti, Nyu, read_list
 
 SETS = {"nyu": (Nyu, make_nyu), "kitti": (Kitti, make_kitti)}
 
@@ -184,3 +184,10 @@ def test_miniature_sets_train_resume_and_evaluate(tmp_path, monkeypatch, capsys,
     written = sorted((out / "png").iterdir())
     assert written[0].name == exported and np.asarray(Image.open(written[0])).dtype == np.uint16
     assert "rmse" in capsys.readouterr().out
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    """Lists that Windows wrote begin with one."""
+    (tmp_path / "list.txt").write_bytes("\ufeffa.jpg b.png\r\n".encode())
+    assert read_list(str(tmp_path / "list.txt"), tmp_path, "--val-list") == [
+        (tmp_path / "a.jpg", tmp_path / "b.png")]

@@ -6,6 +6,7 @@ tests/golden holds inputs and outputs of the authors' code at a tiny width, and 
 shapes at the full one; the weights are drawn by name (official_fixture.py).
 """
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,27 @@ def test_full_width_files_load_with_no_name_left_over(name, keys, tmp_path):
             assert torch.equal(value.flatten(), tensor.flatten()), n
             reached.add(key)
     assert {k for k in ours if not k.startswith("unet.time_embedding")} <= reached
+
+
+def test_broken_archives_are_refused(tmp_path):
+    """An empty file, one byte, a zip whose checksum differs, one that is compressed."""
+    good = official_file(fixture("seg")[0], tmp_path / "c.pth")
+    raw = bytearray(good.read_bytes())
+    raw[len(raw) // 2] ^= 1                              # inside a tensor: torch would not see it
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("c/data.pkl", bytes(10 ** 6))
+    for content, message in ((b"", ""), (b"P", ""), (bytes(raw), "the checksum of .* differs"),
+                             ((tmp_path / "bomb.pth").read_bytes(), "it is compressed")):
+        good.write_bytes(content)
+        with pytest.raises(InputError, match=f"c.pth .*{message}"):
+            MetaPromptModel.from_official(good)
+
+
+@pytest.mark.parametrize("contents", [
+    None, [], 3, {"model": 3}, {"model": {1: torch.zeros(1)}}, {"state_dict": {"x": "y"}},
+    torch.zeros(3), {"model": {"encoder.t1": torch.zeros(())}}, {"model": {}}])
+def test_odd_containers_are_refused(tmp_path, contents):
+    """Keys that are no text, tensors without dimensions, something else than a dict."""
+    torch.save(contents, tmp_path / "c.pth")
+    with pytest.raises(InputError, match="c.pth"):
+        MetaPromptModel.from_official(tmp_path / "c.pth")

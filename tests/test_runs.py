@@ -8,6 +8,7 @@ import os
 import pytest
 
 from ops.errors import InputError
+from weights.checkpoint import find_last
 from weights.runs import Log, RunFolder, read_log
 
 
@@ -63,3 +64,22 @@ def test_the_log_goes_on_at_the_checkpoint(tmp_path):
     log.write({"step": 3, "loss": 0.25})
     assert path.read_text() == "\n".join([*lines[:2], '{"step": 3, "loss": 0.25}']) + "\n"
     assert read_log(tmp_path / "none") == [] and os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_log_of_a_power_loss_goes_on(tmp_path):
+    """NULs at the end, a torn line, a blank one: it is only a log."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\n{"st\n{"step": 2}\n' + bytes(512))
+    Log(path, 2).write({"step": 3})
+    assert [record["step"] for record in read_log(path)] == [1, 2, 3]
+
+
+def test_a_run_without_a_save_starts_again(tmp_path):
+    """Killed before its first save: --resume says what to do, and the same command does it."""
+    with RunFolder(tmp_path / "r", False):
+        (tmp_path / "r" / "recipe.json").write_text("{}")
+        (tmp_path / "r" / "last.tmp").mkdir()
+    with pytest.raises(InputError, match="without --resume starts again"):
+        find_last(tmp_path / "r")
+    with RunFolder(tmp_path / "r", False):
+        pass

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_set_files.py
 """
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -253,3 +254,81 @@ def test_plain_classes():
     assert classes.lut.tolist() == [0, 1, 2, *[255] * 253]
     assert classes.raw_values == {0, 1, 2, 255}
     assert classes.export[[0, 1, 2, 255]].tolist() == [0, 1, 2, 255]
+
+
+# ------------------------------------------------------------------------------------------------
+# What an adversary found
+
+@pytest.mark.parametrize("error", [TypeError, struct.error, RuntimeError, NotImplementedError,
+                                   EOFError, KeyError, MemoryError])
+def test_whatever_a_decoder_raises_is_that_files_error(tmp_path, monkeypatch, error):
+    """Pillow's plugins raise anything for broken EXIF, AVIF, DDS: the file is named and skipped."""
+    path = write(tmp_path / "a.png", np.zeros((2, 2)))
+
+    def broken(*arguments):
+        raise error("odd")
+
+    monkeypatch.setattr(files.Image, "open", broken)
+    for load in (files.load_image, files.load_label, files.load_depth):
+        with pytest.raises(InputError, match=f"a.png cannot be decoded .{error.__name__}"):
+            load(path)
+
+
+def test_exif_that_cannot_be_rewritten(tmp_path):
+    """A photo whose EXIF is torn, but whose pixels are fine, is read or named; never a traceback.
+    """
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    exif.get_ifd(0x8825)[2] = (1.0, 2.0, 3.0)
+    good = write(tmp_path / "a.jpg", random_image(20, 30), exif=exif).read_bytes()
+    start, refused = good.index(b"Exif"), 0
+    for place in range(start, start + 100):
+        for value in (0, 255):
+            path = tmp_path / "b.jpg"
+            path.write_bytes(good[:place] + bytes([value]) + good[place + 1:])
+            try:
+                assert files.load_image(path).size == 20 * 30 * 3
+                files.load_pair(path, write(tmp_path / "b.png", np.zeros((30, 20))),
+                                files.load_label)
+            except InputError:
+                refused += 1
+    assert 0 < refused < 200
+
+
+def test_a_png_is_checked_by_its_checksums(tmp_path):
+    """A flipped bit of a PNG's pixels is seen: Pillow does not look at the chunks' CRC-32."""
+    pixels = np.arange(600, dtype=np.uint16).reshape(20, 30)
+    path = saved(tmp_path / "a.png", Image.fromarray(pixels), compress_level=0)
+    good = bytearray(path.read_bytes())
+    place = good.index(b"IDAT") + 200
+    good[place] ^= 1
+    path.write_bytes(good)
+    for load in (files.load_image, files.load_label, files.load_depth):
+        with pytest.raises(InputError, match="a.png cannot be decoded"):
+            load(path)
+
+
+def test_absurdly_long_images_are_refused(tmp_path):
+    """A small file that claims millions of columns would take long to decode."""
+    path = saved(tmp_path / "a.png", Image.new("1", (70_000, 2)))
+    with pytest.raises(InputError, match="a.png cannot be decoded .*claims to be 70000x2"):
+        files.load_image(path)
+
+
+def test_bits_and_floats_are_no_depth_and_floats_no_labels(tmp_path):
+    """A 1-bit picture is no depth map, whatever its name; a float one neither that nor a label."""
+    bits = saved(tmp_path / "a.png", Image.new("1", (4, 4), 1))
+    with pytest.raises(InputError, match="a.png is bool of shape"):
+        files.load_depth(bits)
+    floats = saved(tmp_path / "b.tif", Image.fromarray(np.full((4, 4), np.inf, np.float32)))
+    with pytest.raises(InputError, match="b.tif is float32"):
+        files.load_depth(floats)
+    with pytest.raises(InputError, match="b.tif holds the value inf: labels are"):
+        files.load_label(floats)
+
+
+def test_shadow_files_are_no_images(tmp_path):
+    """macOS' ._0.jpg beside 0.jpg has no label, and needs none."""
+    for name in ("images/0.jpg", "images/._0.jpg", "labels/0.png"):
+        write(tmp_path / name, np.zeros((2, 2)))
+    assert len(files.list_pairs(tmp_path / "images", tmp_path / "labels")) == 1

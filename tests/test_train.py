@@ -3,6 +3,7 @@
     pytest tests/test_train.py
 """
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -20,9 +21,11 @@ import data
 import eval as evaluation
 import train
 from ops.errors import InputError
+from tasks import seg
 from tasks.flags import resolve
 from tasks.recipes import read_recipe
 from weights import checkpoint
+from weights.checkpoint import State
 
 FLAGS = [*TINY, *HEAD, *SCENES]
 
@@ -356,3 +359,79 @@ def test_out_of_memory_names_the_command_that_helps(tmp_path, monkeypatch, capsy
     code, stderr = refused(train.main, monkeypatch, capsys, *FLAGS, "--out", tmp_path / "r")
     assert code == 2 and stderr.count("\n") == 1 and "Tried to allocate 2 GiB" in stderr
     assert "python -m tools.memory --task seg --dataset shapes --fit" in stderr
+
+
+# ------------------------------------------------------------------------------------------------
+# What an adversary found
+
+def test_the_steps_are_saved_before_they_are_validated(tmp_path, monkeypatch):
+    """Whatever goes wrong in a validation, last/ holds the steps; resumed, it is validated first,
+    and recipe.json stays the file that it was.
+    """
+    made, evaluate = recipe(tmp_path / "r", "--iterations", 2, "--eval-every", 2), seg.evaluate
+
+    def broken(*arguments, **options):
+        raise InputError("a.jpg cannot be decoded")
+
+    monkeypatch.setattr(seg, "evaluate", broken)
+    with pytest.raises(InputError, match="a.jpg"):
+        train.train(made, resume=False)
+    assert checkpoint.read_state(tmp_path / "r" / "last") == State(2, None, 0)
+    monkeypatch.setattr(seg, "evaluate", evaluate)
+    before = (tmp_path / "r" / "recipe.json").stat()
+    result = train.train(*resolve(["--resume", str(tmp_path / "r")]))
+    assert result["best"] > 0 and (tmp_path / "r" / "best" / "README.md").is_file()
+    assert (tmp_path / "r" / "recipe.json").stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize("flag", ["--clip", "--weight-decay", "--lr", "--muon-lr",
+                                  "--unet-lr-mult", "--min-lr", "--warmup-ratio"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_rates_are_finite_and_not_negative(tmp_path, flag, value):
+    """Uphill, or to nonsense, is no direction to train in."""
+    with pytest.raises(InputError, match=f"{flag} is {value}|{flag} would do nothing"):
+        recipe(tmp_path / "r", f"{flag}={value}")
+
+
+@pytest.mark.parametrize("flags", [
+    ["--batch", "0"], ["--batch=-4"], ["--micro-batch=-1"], ["--workers", "-1"], ["--seed", "-1"],
+    ["--seed", "1e20"], ["--crop", "0"], ["--unet-groups", "0"], ["--unet-num-heads", "0"],
+    ["--unet-layers", "10000"], ["--dropout", "2"], ["--train-scenes", "0"], ["--val-scenes", "0"],
+    ["--task", "depth", "--max-depth", "-5"], ["--task", "depth", "--max-depth", "0"],
+    ["--task", "pose", "--sigma", "0"], ["--prompts", ""], ["--init-from", ""], ["--resume", ""],
+    ["--device", "mps"], ["--device", "meta"], ["--data", "X"], ["--train-json", "X"],
+    ["--boxes", "X"]])
+def test_absurd_flags_are_refused_in_one_line(monkeypatch, capsys, tmp_path, flags):
+    """Nothing is trained backwards, not at all, or without the flag that was given."""
+    monkeypatch.chdir(tmp_path)
+    code, stderr = refused(train.main, monkeypatch, capsys, *flags)
+    assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_metric_without_a_value_is_replaced_by_the_first_that_has_one(tmp_path, monkeypatch):
+    """A first best of nan would stay for ever."""
+    values = iter([math.nan, 0.25])
+    monkeypatch.setattr(seg, "evaluate", lambda *a, **b: {"mIoU": next(values)})
+    made = recipe(tmp_path / "r", "--iterations", 2, "--eval-every", 1)
+    assert train.train(made, resume=False)["best"] == 0.25
+    assert "mIoU 0.2500" in (tmp_path / "r" / "best" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("system, gigabytes", [("linux", 1024e-6), ("darwin", 1e-6)])
+def test_peak_memory_is_in_the_systems_unit(monkeypatch, system, gigabytes):
+    """Linux counts KiB, macOS bytes, Windows does not say."""
+    usage = type("Usage", (), {"ru_maxrss": 1000})
+    monkeypatch.setattr(train.resource, "getrusage", lambda who: usage)
+    monkeypatch.setattr(train.sys, "platform", system)
+    assert train.peak_gb(torch.device("cpu")) == pytest.approx(gigabytes)
+    monkeypatch.setattr(train, "resource", None)
+    assert train.peak_gb(torch.device("cpu")) == 0.0
+
+
+def test_it_is_imported_where_there_is_no_resource_and_no_fcntl():
+    """Windows has neither module."""
+    code = "import sys; sys.modules['resource'] = sys.modules['fcntl'] = None; import train"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ops.errors import InputError, read_object
@@ -88,9 +88,9 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a complete .safetensors file ({error}): get it again"
-                         ) from None
+    except Exception as error:                           # a broken file raises whatever happens
+        raise InputError(f"{path} is not a complete .safetensors file ({str(error)[:200]}): get it "
+                         "again") from None
     if not tensors:
         raise InputError(f"{path} holds no tensor named {prefix}*: is it a Stable Diffusion file?")
     return tensors
@@ -203,8 +203,8 @@ def vae_sizes(tensors: dict[str, Tensor], values: dict, path: Path) -> dict:
 
 def dimension(tensors: dict[str, Tensor], name: str, axis: int, path: Path) -> int:
     """Size of a tensor along an axis; InputError if the file `path` lacks the tensor."""
-    if name not in tensors:
-        raise InputError(f"{path} lacks {name}")
+    if name not in tensors or tensors[name].ndim <= axis:
+        raise InputError(f"{path} lacks {name}, or it has too few dimensions")
     return tensors[name].shape[axis]
 
 

@@ -160,7 +160,10 @@ def add_time_embedding(tensors: dict[str, Tensor]) -> None:
 def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """(values for model.Config, tensors by our names) of one of the authors' files."""
     path = Path(path)
-    tensors = rename(state_of(unpickle(path), path), path)
+    try:
+        tensors = rename(state_of(unpickle(path), path), path)
+    except (IndexError, RuntimeError) as error:          # rows of other shapes, or of none
+        raise InputError(f"{path}: its tensors don't fit each other ({error})") from None
     values = describe(tensors, path)
     add_time_embedding(tensors)
     return values, tensors

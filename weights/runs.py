@@ -31,7 +31,7 @@ class RunFolder:
                              "another folder")
         try:
             self.run.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.run / ".lock").open("a")
+            self.lock = (self.run / ".lock").open("a", encoding="utf-8")
         except OSError as error:
             raise InputError(f"--out {self.run} can't be written: {error}") from None
         if not lock_file(self.lock):
