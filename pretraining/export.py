@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vpd.text import Tokenizer
-from weights.checkpoint import remove
+from weights.checkpoint import remove, write_json
 
 SCHEDULER = {  # Stable Diffusion's, for the DDIM sampler
     "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
@@ -90,12 +90,6 @@ def text_config(encoder, tokenizer: Tokenizer) -> dict:
             "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end}
 
 
-def write_json(path: Path, content: dict) -> None:
-    """A JSON file, with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def write_card(path: Path, settings: dict, parameters: int, metrics: list[dict]) -> None:
     """README.md: data, compute, figures, seed, command."""
     vae = [line for line in metrics if line["stage"] == "vae"][-1]
@@ -104,10 +98,12 @@ def write_card(path: Path, settings: dict, parameters: int, metrics: list[dict])
             "hours": sum(line["seconds"] for line in lines) / 3600,
             "quarters": ", ".join(f"{value:.3f}" for value in lines[-1]["quarters"])}
     names = ("seed", "size", "captions", "batch", "latent_channels")
-    path.write_text(CARD.format(**{name: settings[name] for name in names}, **{
-        key: last[key] for key in ("scenes", "psnr", "images", "steps", "hours", "held_out",
-                                   "quarters", "wrong_captions")},
-        millions=parameters / 1e6, settings=json.dumps(settings, indent=2)))
+    figures = ("scenes", "psnr", "images", "steps", "hours", "held_out", "quarters",
+               "wrong_captions")
+    card = CARD.format(**{name: settings[name] for name in names},
+                       **{name: last[name] for name in figures}, millions=parameters / 1e6,
+                       settings=json.dumps(settings, indent=2))
+    path.write_text(card, encoding="utf-8")
 
 
 def export(folder: Path, settings: dict, unet: nn.Module, vae: nn.Module, text_encoder: nn.Module,
@@ -120,6 +116,8 @@ def export(folder: Path, settings: dict, unet: nn.Module, vae: nn.Module, text_e
     new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
     remove(new)
     words = Tokenizer.from_pretrained(str(tokenizer.parent))
+    for part in ("scheduler", "unet", "vae", "text_encoder"):
+        (new / part).mkdir(parents=True)
     shutil.copytree(tokenizer, new / "tokenizer")
     write_json(new / "model_index.json", INDEX)
     write_json(new / "scheduler" / "scheduler_config.json", SCHEDULER)

@@ -37,6 +37,7 @@ from sets.shapes import render_world
 from unet import UNet, UNetConfig
 from vae import VAEConfig
 from vpd.text import TextConfig, TextEncoder, Tokenizer
+from weights.checkpoint import write_json
 
 # Scenes for the tasks: training has seeds 2 k VAL_SEED + [0, VAL_SEED), k = 0, 1, ...; validation
 # VAL_SEED + index.  From 3 VAL_SEED on for one VAL_SEED, neither has any.
@@ -403,7 +404,7 @@ def sample_prompt(settings: Settings) -> None:
 
 def export_run(settings: Settings, model: Denoiser, vae: Autoencoder) -> None:
     """Write the averaged model in Stable Diffusion's layout, with its card."""
-    lines = (Path(settings.out) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(settings.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     export(Path(settings.export), asdict(settings), model.unet, vae, model.text_encoder,
            Path(settings.out) / "tokenizer", [json.loads(line) for line in lines])
 
@@ -440,7 +441,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one stage."""
     stage, settings = parse(arguments)
     Path(settings.out).mkdir(parents=True, exist_ok=True)
-    (Path(settings.out) / "settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    write_json(Path(settings.out) / "settings.json", asdict(settings))
     STAGES[stage](settings)
 
 
