@@ -23,7 +23,6 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from model import Config, MetaPromptModel
 from ops.device import cast_weights, pick_device, pick_precision
 from ops.errors import InputError, run_command
 from ops.settings import comments
-from sets.files import IMAGE_SUFFIXES, load_image
+from sets.files import IMAGE_SUFFIXES, load_image, output_names
 from tasks import TASKS, seg
 from tasks.common import SMALLEST
 from tasks.flags import Parser, add_flags, check_idle, flag_paths, parse, show, with_flags
@@ -344,13 +343,6 @@ def find_images(source: str, out: Path) -> tuple[Path, list[Path]]:
     if not found:
         raise InputError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     return path, [p.relative_to(path) for p in found]
-
-
-def output_names(files: list[Path]) -> list[Path]:
-    """Each file's path without its suffix, with it where that is no longer unique."""
-    stems = Counter(file.with_suffix("") for file in files)
-    names = [file if stems[file.with_suffix("")] > 1 else file.with_suffix("") for file in files]
-    return names if len(set(names)) == len(names) else files  # x.png, x.jpg, x.png.jpg
 
 
 if __name__ == "__main__":

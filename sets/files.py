@@ -7,6 +7,7 @@ which is a flag, with two methods:
 """
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,13 @@ def check_some(load, length: int) -> list:
     return loaded
 
 
+def output_names(files: list[Path]) -> list[Path]:
+    """Each file's path without its suffix, with it where that is no longer unique."""
+    stems = Counter(file.with_suffix("") for file in files)
+    names = [file if stems[file.with_suffix("")] > 1 else file.with_suffix("") for file in files]
+    return names if len(set(names)) == len(names) else files  # x.png, x.jpg, x.png.jpg
+
+
 def relative_names(names: list[str]) -> dict[str, Path]:
     """Name of an image -> where its exported answer goes, without suffix: flat, as the benchmarks'
     servers want it, or below the images' common folder where two would share a name.
@@ -96,7 +104,7 @@ def relative_names(names: list[str]) -> dict[str, Path]:
     if len(set(stems.values())) == len(names):
         return stems
     root = os.path.commonpath([os.path.dirname(name) for name in names])
-    return {name: Path(os.path.relpath(name, root)).with_suffix("") for name in names}
+    return dict(zip(names, output_names([Path(os.path.relpath(name, root)) for name in names])))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -166,7 +174,7 @@ def load_label(path: Path) -> np.ndarray:
         raise InputError(f"{path} has {label.shape[-1]} channels: a label file is a single-channel "
                          "or palette PNG of class numbers")
     if label.dtype.kind == "f" or label.min() < 0 or label.max() > 255:
-        raise InputError(f"{path} holds the value {label.max()}: labels are 0..255")
+        raise InputError(f"{path} holds the value {label.max()} ({label.dtype}): labels are 0..255")
     return label.astype(np.uint8)
 
 

@@ -15,6 +15,7 @@ which array operations are allowed. The order of the random draws is part of the
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -67,6 +68,16 @@ class Scene:
     keypoints: np.ndarray
     boxes: np.ndarray
     areas: np.ndarray
+
+
+class World(NamedTuple):
+    """What a scene was made from; lengths in metres."""
+
+    camera: Camera
+    parts: list            # `Part`s; owners 0, 1, ... are the people, in the order of `people`
+    materials: list        # `Material`s; 0 is the sky's, 1 the ground's, a person has six in a row
+    people: list           # of each person the 17 joints, (x, y, z)
+    surface: np.ndarray    # (H, W) uint8, what a pixel shows, as `cast` says
 
 
 def project(cam: Camera, point: tuple) -> tuple:
@@ -293,6 +304,12 @@ def render(seed: int, height: int = 128, width: int = 128, lens: float | None = 
     of view in degrees; None: a random one, 45 to 70.
     Raises ValueError for a negative seed or a smaller picture.
     """
+    return render_world(seed, height, width, lens)[0]
+
+
+def render_world(seed: int, height: int = 128, width: int = 128,
+                 lens: float | None = None) -> tuple[Scene, World]:
+    """As `render`, with the world that the picture shows."""
     if seed < 0:
         raise ValueError(f"seed must be 0 or more, got {seed}")
     if height < MIN_SIDE or width < MIN_SIDE:
@@ -309,5 +326,6 @@ def render(seed: int, height: int = 128, width: int = 128, lens: float | None = 
         image = expose(rng, shade(rng, cam, rays, depth, surface, parts, materials))
     label = np.array([SKY, GROUND] + [part.label for part in parts], np.uint8).take(surface)
     owner = np.array([-2, -1] + [part.owner for part in parts]).take(surface)
-    return Scene(image, label, np.where(surface == SKY, np.float32(0), depth),
-                 *people_of(cam, people, owner, depth))
+    scene = Scene(image, label, np.where(surface == SKY, np.float32(0), depth),
+                  *people_of(cam, people, owner, depth))
+    return scene, World(cam, parts, materials, people, surface)

@@ -242,7 +242,7 @@ def test_the_requirements_are_the_promised_packages():
     """What the set-up commands install: these packages with their least versions, nothing else."""
     allowed = {"requirements.txt": {"torch", "safetensors", "huggingface_hub", "numpy", "pillow"},
                "requirements-test.txt": {"-r requirements.txt", "pytest", "diffusers",
-                                         "pycocotools"}}
+                                         "transformers", "pycocotools"}}
     files = re.findall(r"pip install -r (\S+)", TEXTS[ROOT / "README.md"])
     assert sorted(files) == sorted(allowed)
     for name in files:

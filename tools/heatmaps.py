@@ -23,7 +23,7 @@ from model import Config, MetaPromptModel
 from ops import draw
 from ops.device import autocast, cast_weights, device_of, pick_device, pick_precision, to_batch
 from ops.errors import InputError, run_command
-from sets.files import load_image
+from sets.files import load_image, output_names
 from tasks import TASKS
 from tasks.flags import Parser
 
@@ -55,7 +55,7 @@ def main() -> None:
     def picture(i: int) -> np.ndarray:
         return task.view(load_image(root / files[i]), files[i], recipe, ready)
 
-    drawn = draw_all(model.to(device).eval(), evaluation.output_names(files), picture, out, wanted,
+    drawn = draw_all(model.to(device).eval(), output_names(files), picture, out, wanted,
                      dtype)
     print(f"prompts    {', '.join(map(str, drawn))}\nwrote {out}/: *_heatmaps.png, prompts.png")
 

@@ -1,0 +1,188 @@
+"""Pretraining: the autoencoder is diffusers', stages resume to the bit, the export is a pipeline.
+
+    pytest tests/test_pretrain.py        (with -m slow: diffusers' own pipeline, picture by picture)
+"""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from oracles import ROUNDING, diffusers_vae, randomise, relative_error
+from safetensors.torch import load_file
+
+from ops.errors import InputError
+from pretraining import diffusion
+from pretraining.decoder import Autoencoder
+from sets.embedded import VAL_SEED
+from tools import pretrain
+from tools.pretrain import Settings
+from vae import VAEConfig
+from vpd.text import TextEncoder, Tokenizer
+
+TOY = Settings(size=64, crop=32, vae_channels=(8, 8, 16, 16), vae_scenes=8, vae_batch=2,
+               vae_steps=4, scenes=12, shard=8, captions=2, held_out=8, merges=50,
+               unet_channels=(16, 16, 32, 32), width=16, text_layers=1, batch=4, steps=4,
+               sample_steps=2, save_every=2, warmup=2)
+
+
+def toy(folder: Path, **changes) -> Settings:
+    """Settings of a run that takes seconds, in `folder`."""
+    return replace(TOY, out=str(folder), export=str(folder / "tiny-sd"), **changes)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished toy run."""
+    folder = tmp_path_factory.mktemp("run")
+    pretrain.train_autoencoder(toy(folder))
+    pretrain.train_diffusion(toy(folder))
+    return folder
+
+
+def test_decoder_equals_diffusers():
+    """Autoencoder has AutoencoderKL's names, posterior and pictures."""
+    for layers in (1, 2):
+        oracle = diffusers_vae(layers=layers).double()
+        ours = Autoencoder(VAEConfig((32, 64, 96, 128), layers)).double()
+        ours.load_state_dict(oracle.state_dict())
+        images = torch.rand(2, 3, 64, 40).double() * 2 - 1
+        with torch.no_grad():
+            posterior = oracle.encode(images).latent_dist
+            mean, log_variance = ours.posterior(images)
+            assert relative_error(mean, posterior.mean) < ROUNDING
+            assert relative_error(log_variance, posterior.logvar) < ROUNDING
+            assert relative_error(ours.decode(mean), oracle.decode(mean).sample) < ROUNDING
+
+
+def test_absorbed_scale_changes_no_picture():
+    """absorb() gives the latents mean 0 and spread 1 and leaves pictures and noise as they were."""
+    model = randomise(Autoencoder(VAEConfig((8, 8, 16, 16), 1, 4, 8))).double()
+    images = torch.rand(4, 3, 32, 32).double() * 2 - 1
+    with torch.no_grad():
+        mean, log_variance = model.posterior(images)
+        before = model.decode(mean + (0.5 * log_variance).exp())
+        model.absorb(mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3)))
+        mean, log_variance = model.posterior(images)
+        assert relative_error(model.decode(mean + (0.5 * log_variance).exp()), before) < ROUNDING
+    assert mean.mean(dim=(0, 2, 3)).abs().max() < ROUNDING
+    assert (mean.std(dim=(0, 2, 3)) - 1).abs().max() < ROUNDING
+
+
+def test_scenes_are_not_the_tasks():
+    """Training of the tasks has seeds 2 k VAL_SEED + [0, VAL_SEED), validation follows VAL_SEED."""
+    last = pretrain.HELD_OUT + VAL_SEED // 2 - 1
+    for seed in (pretrain.FIRST_SCENE, pretrain.HELD_OUT, last):
+        assert seed // VAL_SEED % 2 == 1 and seed // VAL_SEED != 1
+    assert pretrain.FIRST_SCENE + Settings().scenes < pretrain.HELD_OUT
+
+
+def test_noise_schedule_is_stable_diffusions():
+    """Shares of signal and noised latents equal diffusers' DDIMScheduler's."""
+    oracle = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    assert relative_error(diffusion.signal_shares(), oracle.alphas_cumprod) < 1e-6
+    latents, noise, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 9, 999])
+    assert relative_error(diffusion.add_noise(latents, noise, t),
+                          oracle.add_noise(latents, noise, t)) < 1e-6
+
+
+def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch):
+    """Both stages, stopped after two of four steps, end with the same bits."""
+    for stage, judged in ((pretrain.train_autoencoder, "judge_autoencoder"),
+                          (pretrain.train_diffusion, "judge_diffusion")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pretrain, judged, stop)                # just after the checkpoint
+            stage(toy(tmp_path))
+        stage(toy(tmp_path))
+    for name in ("vae.safetensors", "diffusion.safetensors", "latents/00000008.safetensors"):
+        ours, expected = load_file(tmp_path / name), load_file(run / name)
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[key], expected[key]) for key in ours), name
+
+
+def stop(*_):
+    """As Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def test_cache_makes_what_is_missing(run):
+    """A lost file of latents is made again, the same; nothing else is touched."""
+    path = run / "latents" / "00000008.safetensors"
+    before = load_file(path)
+    kept = (run / "latents" / "00000000.safetensors").stat().st_mtime_ns
+    path.unlink()
+    pretrain.make_cache(toy(run))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(path).items())
+    assert (run / "latents" / "00000000.safetensors").stat().st_mtime_ns == kept
+    latents, ids = pretrain.load_cache(toy(run))
+    assert latents.shape == (12, 8, 8, 8) and ids.shape == (12, 2, 32)
+
+
+def test_figures_and_pictures(run):
+    """metrics.jsonl has a line per checkpoint; pictures and the card are written."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line.get("step")) for line in lines[:5]] == [
+        ("autoencoder", 2), ("autoencoder", 4), ("vae", None), ("diffusion", 2), ("diffusion", 4)]
+    assert len(lines[4]["quarters"]) == 4 and lines[4]["images"] == 16
+    assert (run / "pictures" / "samples.png").exists()
+    assert "licence" in (run / "tiny-sd" / "README.md").read_text().lower()
+
+
+def test_export_holds_the_averaged_weights(run):
+    """The exported text encoder, tokenizer and UNet are the run's, rounded to float16."""
+    model, vae, tokenizer = pretrain.load_run(toy(run))
+    folder = str(run / "tiny-sd")
+    text = TextEncoder.from_pretrained(folder).state_dict()
+    for name, tensor in model.text_encoder.state_dict().items():
+        assert torch.equal(tensor.half().float(), text[name])
+    assert Tokenizer.from_pretrained(folder).vocabulary == tokenizer.vocabulary
+    stored = load_file(run / "tiny-sd" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert stored.keys() == vae.state_dict().keys()
+    assert json.loads((run / "tiny-sd/vae/config.json").read_text())["scaling_factor"] == 1.0
+
+
+def test_prompt_is_sampled(run):
+    """`sample` writes eight pictures."""
+    pretrain.sample_prompt(toy(run))
+    assert (run / "sample.png").exists()
+
+
+def test_wrong_order_and_other_settings_are_refused(run, tmp_path):
+    """A stage without the one before it, or with a checkpoint of other widths: one line says so."""
+    with pytest.raises(InputError, match="run `python -m tools.pretrain autoencoder` first"):
+        pretrain.train_diffusion(toy(tmp_path))
+    with pytest.raises(InputError, match="is of other settings"):
+        pretrain.train_diffusion(toy(run, unet_channels=(32, 32, 32, 32)))
+
+
+def test_flags_are_the_settings():
+    """Every field is a flag; tuples take several values."""
+    stage, settings = pretrain.parse(["cache", "--unet-channels", "16", "16", "32", "32",
+                                      "--kl", "0.1", "--scenes", "9"])
+    assert stage == "cache" and settings.kl == 0.1 and settings.scenes == 9
+    assert settings.unet_channels == (16, 16, 32, 32) and settings.seed == 0
+    with pytest.raises(InputError, match="width 20 must be a multiple of groups 8"):
+        pretrain.parse(["cache", "--vae-channels", "20", "32", "64", "64"])
+    with pytest.raises(InputError, match="size 100 must be a multiple of 64"):
+        pretrain.parse(["cache", "--size", "100"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [7, 20])
+def test_pipeline_of_diffusers_draws_the_same_picture(run, steps):
+    """StableDiffusionPipeline reads the folder; from the same noise its picture is ours (1e-4)."""
+    folder = run / "tiny-sd"
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    model, vae, tokenizer = pretrain.load_run(toy(run))
+    for module in (model, vae):                                  # as rounded by the export
+        module.half().float()
+    prompts = ["two balls and a cone", "a red box"]
+    noise = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = diffusion.sample(model, noise, tokenizer(prompts), tokenizer([""]), steps, 3.0)
+        ours = (vae.decode(ours) / 2 + 0.5).clamp(0, 1)
+    expected = pipe(prompts, num_inference_steps=steps, guidance_scale=3.0, latents=noise,
+                    output_type="pt").images
+    assert isinstance(pipe.vae, AutoencoderKL) and (ours - expected).abs().max() < 1e-4

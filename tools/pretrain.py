@@ -1,0 +1,449 @@
+"""Pretrain a small Stable Diffusion on the embedded scenes, in three stages, each one command.
+
+    python -m tools.pretrain autoencoder              RUN/vae.safetensors: image <-> latents
+    python -m tools.pretrain diffusion                RUN/diffusion.safetensors: UNet, text encoder
+    python -m tools.pretrain sample --prompt "two balls and a cone"           RUN/sample.png
+    python -m tools.pretrain cache | export           latents for `diffusion` | RUN/tiny-sd/
+
+Every command goes on where it was stopped, to the bit; `--steps` more continues a finished one.
+RUN (runs/tiny-sd; --out) also holds settings.json, metrics.jsonl and pictures/.
+"""
+import argparse
+import json
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub.utils import tqdm
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ops.errors import InputError, run_command
+from ops.muon import Muon, split
+from ops.settings import comments
+from pretraining.bpe import save_tokenizer
+from pretraining.decoder import Autoencoder, autoencoder_loss
+from pretraining.diffusion import TIMESTEPS, Denoiser, add_noise, average_weights, sample
+from pretraining.export import export
+from pretraining.state import load_state, save_state, write_tensors
+from sets.captions import captions
+from sets.embedded import VAL_SEED
+from sets.shapes import render_world
+from unet import UNet, UNetConfig
+from vae import VAEConfig
+from vpd.text import TextConfig, TextEncoder, Tokenizer
+from weights.checkpoint import write_json
+
+# Scenes for the tasks: training has seeds 2 k VAL_SEED + [0, VAL_SEED), k = 0, 1, ...; validation
+# VAL_SEED + index.  From 3 VAL_SEED on for one VAL_SEED, neither has any.
+FIRST_SCENE = 3 * VAL_SEED
+HELD_OUT = FIRST_SCENE + VAL_SEED // 2  # first scene for this file's own figures
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run is made of; each field is a flag."""
+
+    out: str = "runs/tiny-sd"  # folder of the run
+    seed: int = 0  # of weights, order and noise; the scenes are the same for all seeds
+    size: int = 128  # pixels; side of the scenes
+    # Autoencoder
+    vae_channels: tuple[int, ...] = (16, 32, 64, 64)  # levels 1/1, 1/2, 1/4, 1/8
+    latent_channels: int = 8  # 4 in Stable Diffusion
+    vae_scenes: int = 8192  # rendered at the start and kept in memory
+    crop: int = 64  # pixels; side of the crops that the autoencoder is trained on
+    vae_batch: int = 16  # crops per step
+    vae_steps: int = 4000  # the last `decay` share of them with a falling rate
+    kl: float = 1e-6  # weight of the latents' divergence from N(0, 1), per latent value
+    gradients: float = 1.0  # weight of the L1 error of differences between neighbouring pixels
+    # Latents and captions, made once
+    scenes: int = 61440  # rendered and encoded; `cache` may still be at work in `diffusion`
+    shard: int = 2048  # scenes per file; the tokenizer is learnt from the first one's captions
+    captions: int = 4  # per scene
+    held_out: int = 512  # scenes for the figures
+    tokens: int = 32  # per caption, start and end counted; 77 in Stable Diffusion
+    merges: int = 1000  # of the tokenizer, at most
+    # Diffusion
+    unet_channels: tuple[int, ...] = (32, 64, 96, 96)  # 1/8 to 1/64; c0 a multiple of 16
+    heads: int = 2  # at every level; 8 in Stable Diffusion
+    width: int = 64  # of the text encoder, and so of what cross-attention reads
+    text_layers: int = 2  # 12 in Stable Diffusion
+    batch: int = 48  # latents per step; from 32 to 64 the optimiser's share of time halves
+    steps: int = 100_000  # the last `decay` share of them with a falling rate
+    drop: float = 0.1  # share of captions replaced by the empty one, for guidance
+    average: float = 0.9995  # share of the averaged weights that stays in a step
+    guidance: float = 3.0  # of samples: 1 is none
+    sample_steps: int = 25  # of DDIM
+    prompt: str = "two balls and a cone"  # of `sample`
+    export: str = "weights/tiny-sd"  # folder of the exported model
+    # Shared by both networks
+    groups: int = 8  # of every GroupNorm; 32 in Stable Diffusion
+    layers: int = 1  # residual blocks per level; 2 in Stable Diffusion
+    muon_lr: float = 0.02  # of the matrices
+    lr: float = 2e-3  # AdamW, of norms, biases and embeddings
+    warmup: int = 100  # steps until the full rate
+    decay: float = 0.3  # last share of the steps, in which the rate falls to 0
+    # Habits
+    save_every: int = 500  # steps between checkpoints, metrics and pictures
+
+    def __post_init__(self):
+        if self.size % 64 or not 16 <= self.crop <= self.size or self.crop % 8:
+            raise InputError(f"size {self.size} must be a multiple of 64, and crop {self.crop} one "
+                             "of 8 from 16 to it")
+        for width in (*self.vae_channels, *self.unet_channels):
+            if width % self.groups or width % self.heads:
+                raise InputError(f"width {width} must be a multiple of groups {self.groups} and "
+                                 f"heads {self.heads}")
+
+
+# ------------------------------------------------------------------------------------------------
+# What the stages share
+
+def generator(settings: Settings, step: int) -> torch.Generator:
+    """The random numbers of one step: a stopped run goes on with the ones it would have had."""
+    return torch.Generator().manual_seed((settings.seed << 40) + step)
+
+
+def optimizer_of(settings: Settings, model: nn.Module) -> Muon:
+    """Muon for the matrices, AdamW for the rest, no weight decay."""
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
+    optimizer = Muon(split(groups, model, settings.lr, settings.muon_lr), lr=settings.lr)
+    for group in optimizer.param_groups:
+        group["full_lr"] = group["lr"]
+    return optimizer
+
+
+def set_rate(optimizer: Muon, settings: Settings, step: int, steps: int) -> None:
+    """Linear warm-up, then the full rate, then linear decay to 0 over the last `decay` share."""
+    share = min(1.0, (step + 1) / settings.warmup, (steps - step) / max(settings.decay * steps, 1))
+    for group in optimizer.param_groups:
+        group["lr"] = group["full_lr"] * share
+
+
+def log(settings: Settings, **values) -> None:
+    """Append a line to metrics.jsonl."""
+    with open(Path(settings.out) / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def save_grid(path: Path, rows: list[Tensor]) -> None:
+    """Rows of images (B, 3, H, W) in [-1, 1] as one PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)       # (3, h, w)
+    values = ((sheet + 1) * 127.5).round().clamp(0, 255).byte()
+    Image.fromarray(values.permute(1, 2, 0).numpy()).save(path)
+
+
+def scenes(settings: Settings, first: int, count: int) -> tuple[Tensor, list[str]]:
+    """Scenes from seed `first` on, (count, 3, H, W) uint8, and the captions, one after another."""
+    images, texts = np.empty((count, settings.size, settings.size, 3), np.uint8), []
+    for i in tqdm(range(count), desc="render", unit="scene", leave=False):
+        scene, world = render_world(first + i, settings.size, settings.size)
+        images[i] = scene.image
+        texts += captions(scene, world, first + i, settings.captions)
+    return torch.from_numpy(images).permute(0, 3, 1, 2), texts
+
+
+def to_input(images: Tensor) -> Tensor:
+    """uint8 RGB -> float32 in [-1, 1], in the layout that is fastest for convolutions here."""
+    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 1: the autoencoder
+
+def make_autoencoder(settings: Settings) -> Autoencoder:
+    """Untrained, from the seed; the posterior starts narrow, else nothing is seen for long."""
+    torch.manual_seed(settings.seed)
+    model = Autoencoder(VAEConfig(settings.vae_channels, settings.layers, settings.latent_channels,
+                                  settings.groups))
+    nn.init.constant_(model.quant_conv.bias[settings.latent_channels:], -6.0)
+    return model.to(memory_format=torch.channels_last)
+
+
+def crops(settings: Settings, images: Tensor, draws: torch.Generator) -> Tensor:
+    """A batch of random crops, half of them mirrored, (B, 3, crop, crop) in [-1, 1]."""
+    room = settings.size - settings.crop + 1
+    rows = torch.randint(len(images), (settings.vae_batch,), generator=draws).tolist()
+    corners = torch.randint(room, (settings.vae_batch, 2), generator=draws).tolist()
+    cut = [images[i, :, y:y + settings.crop, x:x + settings.crop]
+           for i, (y, x) in zip(rows, corners)]
+    return to_input(torch.stack([c.flip(-1) if i % 2 else c for i, c in enumerate(cut)]))
+
+
+@torch.no_grad()
+def judge_autoencoder(model: Autoencoder, images: Tensor) -> tuple[dict, Tensor]:
+    """PSNR in dB and the latents' spread on uint8 images; their reconstructions from the mean."""
+    inputs = to_input(images)
+    latents = model(inputs)
+    ours = torch.cat([model.decode(z) for z in latents.split(16)]).clamp(-1, 1)
+    errors = ((ours - inputs) / 2).square().mean(dim=(1, 2, 3))          # of values 0..1, (B,)
+    return {"psnr": -10 * errors.log10().mean().item(), "latent_std": latents.std().item(),
+            "posterior_std": (0.5 * model.posterior(inputs)[1]).exp().mean().item()}, ours
+
+
+def train_autoencoder(settings: Settings) -> None:
+    """Stage 1, resumable; at the end the latents are given mean 0 and spread 1 per channel."""
+    run = Path(settings.out)
+    model = make_autoencoder(settings)
+    optimizer = optimizer_of(settings, model)
+    path = run / "autoencoder.safetensors"
+    done = load_state(path, {"vae": model}, optimizer)
+    held_out, _ = scenes(settings, HELD_OUT, 64)
+    images, _ = scenes(settings, FIRST_SCENE, settings.vae_scenes * (done < settings.vae_steps))
+    bar = tqdm(range(done, settings.vae_steps), initial=done, total=settings.vae_steps,
+               desc="autoencoder")
+    for step in bar:
+        draws = generator(settings, step)
+        set_rate(optimizer, settings, step, settings.vae_steps)
+        loss = autoencoder_loss(model, crops(settings, images, draws), settings.kl,
+                                settings.gradients, draws)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.vae_steps:
+            save_state(path, step + 1, {"vae": model}, optimizer)
+            values, ours = judge_autoencoder(model, held_out)
+            log(settings, stage="autoencoder", step=step + 1, loss=loss.item(), **values)
+            bar.set_postfix(values)
+            save_grid(run / "pictures" / "autoencoder.png", [to_input(held_out[:8]), ours[:8]])
+    finish_autoencoder(settings, model, scenes(settings, HELD_OUT, 256)[0])
+
+
+@torch.no_grad()
+def finish_autoencoder(settings: Settings, model: Autoencoder, images: Tensor) -> None:
+    """Write RUN/vae.safetensors: latents of mean 0 and spread 1, so that scaling_factor is 1."""
+    latents = torch.cat([model(to_input(part)) for part in images.split(32)])
+    model.absorb(latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
+    write_tensors(Path(settings.out) / "vae.safetensors", model.state_dict())
+    log(settings, stage="vae", **judge_autoencoder(model, images)[0])
+
+
+# ------------------------------------------------------------------------------------------------
+# Latents and captions
+
+def load_autoencoder(settings: Settings) -> Autoencoder:
+    """RUN/vae.safetensors, frozen."""
+    path = Path(settings.out) / "vae.safetensors"
+    if not path.exists():
+        raise InputError(f"{path} does not exist: run `python -m tools.pretrain autoencoder` first")
+    model = make_autoencoder(settings)
+    model.load_state_dict(load_file(path))
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def write_shard(settings: Settings, model: Autoencoder, path: Path, first: int, count: int) -> None:
+    """Posterior means (count, C, h, w), in float16, and caption ids (count, captions, tokens).
+
+    Stable Diffusion learns from draws of the posterior; ours is narrow, and perception reads means.
+    """
+    images, texts = scenes(settings, first, count)
+    folder = Path(settings.out)
+    if not (folder / "tokenizer" / "special_tokens_map.json").exists():
+        save_tokenizer(folder / "tokenizer", texts, settings.merges, settings.tokens)
+    ids = Tokenizer.from_pretrained(settings.out)(texts)
+    latents = torch.cat([model(to_input(part)) for part in images.split(64)])
+    write_tensors(path, {"latents": latents.half(),
+                         "ids": ids.view(count, settings.captions, -1).int()})
+
+
+def make_cache(settings: Settings) -> None:
+    """RUN/latents/: the missing ones of the files that `diffusion` reads."""
+    (folder := Path(settings.out) / "latents").mkdir(parents=True, exist_ok=True)
+    model = load_autoencoder(settings)
+    for first in tqdm(range(0, settings.scenes, settings.shard), desc="cache", unit="file"):
+        path = folder / f"{first:08d}.safetensors"
+        if not path.exists():
+            count = min(settings.shard, settings.scenes - first)
+            write_shard(settings, model, path, FIRST_SCENE + first, count)
+        if not (folder / "held_out.safetensors").exists():
+            write_shard(settings, model, folder / "held_out.safetensors", HELD_OUT,
+                        settings.held_out)
+
+
+def load_cache(settings: Settings) -> tuple[Tensor, Tensor]:
+    """All latents (N, C, h, w) and ids (N, captions, tokens) that have been made so far."""
+    paths = sorted((Path(settings.out) / "latents").glob("0*.safetensors"))
+    shards = [load_file(path) for path in paths]
+    return torch.cat([s["latents"] for s in shards]), torch.cat([s["ids"] for s in shards])
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 2: diffusion
+
+def diffusion_loss(model: Denoiser, latents: Tensor, ids: Tensor, settings: Settings,
+                   tokenizer: Tokenizer, draws: torch.Generator) -> Tensor:
+    """Mean squared error of the noise predicted for a random batch; timesteps evenly spread."""
+    B = settings.batch
+    rows = torch.randint(len(latents), (B,), generator=draws)
+    texts = ids[rows, torch.randint(ids.shape[1], (B,), generator=draws)].long()
+    dropped = torch.rand(B, generator=draws) < settings.drop
+    texts = torch.where(dropped[:, None], tokenizer([""]), texts)
+    timesteps = ((torch.arange(B) + torch.rand(B, generator=draws)) * (TIMESTEPS / B)).long()
+    clean = latents[rows].float()
+    noise = torch.randn(clean.shape, generator=draws)
+    return F.mse_loss(model(add_noise(clean, noise, timesteps), timesteps, texts), noise)
+
+
+@torch.no_grad()
+def judge_diffusion(model: Denoiser, latents: Tensor, ids: Tensor) -> dict:
+    """Loss on held-out scenes by quarter of the timesteps, and with others' captions."""
+    draws = torch.Generator().manual_seed(0)
+    timesteps = torch.randperm(len(latents), generator=draws) * TIMESTEPS // len(latents)
+    clean = latents.float()
+    noise = torch.randn(clean.shape, generator=draws)
+    noisy, losses = add_noise(clean, noise, timesteps), []
+    for texts in (ids[:, 0].long(), ids[:, 0].roll(1, 0).long()):
+        guess = torch.cat([model(*part) for part in
+                           zip(noisy.split(64), timesteps.split(64), texts.split(64))])
+        losses.append((guess - noise).square().mean(dim=(1, 2, 3)))
+    quarter = timesteps * 4 // TIMESTEPS
+    return {"held_out": losses[0].mean().item(),
+            "quarters": [round(losses[0][quarter == i].mean().item(), 4) for i in range(4)],
+            "wrong_captions": losses[1].mean().item()}
+
+
+def make_denoiser(settings: Settings) -> tuple[Denoiser, Denoiser, Tokenizer]:
+    """Untrained model, its averaged twin, and the tokenizer of the cached captions."""
+    tokenizer = Tokenizer.from_pretrained(settings.out)
+    torch.manual_seed(settings.seed)
+    unet = UNet(UNetConfig(settings.unet_channels, settings.layers, settings.heads, settings.width,
+                           settings.latent_channels, settings.groups))
+    text_encoder = TextEncoder(TextConfig(
+        len(tokenizer.vocabulary), settings.width, 4 * settings.width, settings.text_layers,
+        settings.heads, settings.tokens))
+    model = Denoiser(unet, text_encoder)
+    return model, deepcopy(model).requires_grad_(False), tokenizer
+
+
+def train_diffusion(settings: Settings) -> None:
+    """Stage 2, resumable; every `save_every` steps a checkpoint, figures, pictures, an export."""
+    run, vae = Path(settings.out), load_autoencoder(settings)
+    if not list(run.glob("latents/0*.safetensors")):
+        make_cache(settings)
+    latents, ids = load_cache(settings)
+    model, averaged, tokenizer = make_denoiser(settings)
+    optimizer = optimizer_of(settings, model)
+    parts = {"model": model, "averaged": averaged}
+    done = load_state(run / "diffusion.safetensors", parts, optimizer)
+    bar = tqdm(range(done, settings.steps), initial=done, total=settings.steps, desc="diffusion")
+    losses, since = [], time.process_time()
+    for step in bar:
+        set_rate(optimizer, settings, step, settings.steps)
+        loss = diffusion_loss(model, latents, ids, settings, tokenizer, generator(settings, step))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {step}")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average_weights(averaged, model, min(settings.average, (step + 1) / (step + 10)))
+        losses.append(loss.item())
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+            save_state(run / "diffusion.safetensors", step + 1, parts, optimizer)
+            report(settings, averaged, vae, tokenizer, step + 1, {
+                "loss": sum(losses) / len(losses), "scenes": len(latents),
+                "seconds": time.process_time() - since})
+            losses, since = [], time.process_time()
+            if len(latents) < settings.scenes:                   # `cache` may still be at work
+                latents, ids = load_cache(settings)
+
+
+def report(settings: Settings, model: Denoiser, vae: Autoencoder, tokenizer: Tokenizer, step: int,
+           values: dict) -> None:
+    """A line of metrics.jsonl, samples and an export of the averaged model."""
+    run = Path(settings.out)
+    held_out = load_file(run / "latents" / "held_out.safetensors")
+    values |= judge_diffusion(model, held_out["latents"], held_out["ids"])
+    log(settings, stage="diffusion", step=step, images=step * settings.batch, **values)
+    draw(settings, run / "pictures" / "samples.png", list(PROMPTS) * 2, model, vae, tokenizer)
+    export_run(settings, model, vae)
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 3: samples and the exported folder
+
+PROMPTS = ("two balls and a cone", "a red ball on checkered ground under a blue sky",
+           "a person in a green shirt and blue trousers seen from behind",
+           "a large yellow box on the left and a person", "two people on a striped floor",
+           "a purple cylinder in front of a cone under a cloudy sky",
+           "a person with both arms up", "three boxes on gray ground")
+
+
+@torch.no_grad()
+def draw(settings: Settings, path: Path, prompts: list[str], model: Denoiser, vae: Autoencoder,
+         tokenizer: Tokenizer) -> None:
+    """Two rows of pictures of the prompts, from the same noise every time, as a PNG."""
+    side, draws = settings.size // 8, torch.Generator().manual_seed(settings.seed)
+    noise = torch.randn(len(prompts), settings.latent_channels, side, side, generator=draws)
+    latents = sample(model, noise, tokenizer(prompts), tokenizer([""]), settings.sample_steps,
+                     settings.guidance)
+    save_grid(path, list(vae.decode(latents).clamp(-1, 1).chunk(2)))
+
+
+def load_run(settings: Settings) -> tuple[Denoiser, Autoencoder, Tokenizer]:
+    """The averaged model, the autoencoder and the tokenizer of a run."""
+    vae = load_autoencoder(settings)
+    model, averaged, tokenizer = make_denoiser(settings)
+    path = Path(settings.out) / "diffusion.safetensors"
+    if not load_state(path, {"model": model, "averaged": averaged}):
+        raise InputError(f"{path} does not exist: run `python -m tools.pretrain diffusion` first")
+    return averaged, vae, tokenizer
+
+
+def sample_prompt(settings: Settings) -> None:
+    """Stage 3: RUN/sample.png, eight pictures for one prompt."""
+    draw(settings, Path(settings.out) / "sample.png", [settings.prompt] * 8, *load_run(settings))
+    print(f"wrote {settings.out}/sample.png")
+
+
+def export_run(settings: Settings, model: Denoiser, vae: Autoencoder) -> None:
+    """Write the averaged model in Stable Diffusion's layout, with its card."""
+    lines = (Path(settings.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    export(Path(settings.export), asdict(settings), model.unet, vae, model.text_encoder,
+           Path(settings.out) / "tokenizer", [json.loads(line) for line in lines])
+
+
+def export_last(settings: Settings) -> None:
+    """Export the last checkpoint."""
+    export_run(settings, *load_run(settings)[:2])
+    print(f"wrote {settings.export}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+
+STAGES = {"autoencoder": train_autoencoder, "cache": make_cache, "diffusion": train_diffusion,
+          "sample": sample_prompt, "export": export_last}
+
+
+def parse(arguments: list[str] | None) -> tuple[str, Settings]:
+    """Stage and settings from the command line; every field of `Settings` is a flag."""
+    parser = argparse.ArgumentParser(prog="python -m tools.pretrain", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    for field in fields(Settings):
+        many = {"nargs": "+", "type": int} if isinstance(field.default, tuple) else \
+            {"type": type(field.default)}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, metavar="X",
+                            help=comments(Settings)[field.name].replace("%", "%%"), **many)
+    given = vars(parser.parse_args(arguments))
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return values.pop("stage"), Settings(**values)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one stage."""
+    stage, settings = parse(arguments)
+    Path(settings.out).mkdir(parents=True, exist_ok=True)
+    write_json(Path(settings.out) / "settings.json", asdict(settings))
+    STAGES[stage](settings)
+
+
+if __name__ == "__main__":
+    run_command(main)
