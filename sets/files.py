@@ -174,7 +174,7 @@ def load_label(path: Path) -> np.ndarray:
         raise InputError(f"{path} has {label.shape[-1]} channels: a label file is a single-channel "
                          "or palette PNG of class numbers")
     if label.dtype.kind == "f" or label.min() < 0 or label.max() > 255:
-        raise InputError(f"{path} holds the value {label.max()}: labels are 0..255")
+        raise InputError(f"{path} holds the value {label.max()} ({label.dtype}): labels are 0..255")
     return label.astype(np.uint8)
 
 
