@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -363,22 +364,42 @@ def real_kills(folder: Path, result: Kills, until: float, rng) -> None:
                    f"{[w for s in saids for w in s]}")
 
 
+def mounted(disk: Path, options: str) -> bool:
+    """Whether a file system in memory could be mounted there: only root may."""
+    disk.mkdir(exist_ok=True)
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk],
+                          capture_output=True).returncode == 0
+
+
 def full_disk(folder: Path, result: Kills, until: float, rng) -> None:
-    """Files may grow to a random size only; later they may again: one line, nothing lost."""
+    """A disk of a random size, or, for others than root, files of a random size at most; later
+    there is space again: one line, nothing torn is left, nothing lost.
+    """
     whole, _ = whole_toy(folder)
+    disk, small = folder / "disk", shutil.which("mount") is not None
     while time.monotonic() < until:
-        run, limit = folder / "killed", int(rng.integers(1, 700))
+        pages, limit = int(rng.integers(4, 40)), int(rng.integers(1, 700))
+        small = small and mounted(disk, f"size={4 * pages}k")
+        run = disk / "run" if small else folder / "killed"
         shutil.rmtree(run, ignore_errors=True)
-        child(lambda say: toy_run(run, int(rng.integers(1, 4)), say), run)
 
         def confined(say):
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            if not small:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             run_command(lambda: toy_run(run, STEPS, say))
 
-        status, said, _ = child(confined, run)
-        torn = [p.name for p in run.iterdir() if p.is_dir() and p.name.endswith(".tmp")]
-        problem = "" if os.waitstatus_to_exitcode(status) in (0, 1) else f"exit {status} {said}"
-        problem = problem or (f"left {torn}" if torn else "")
-        status, again, _ = child(lambda say: toy_run(run, STEPS, say), run)
-        result.add(problem or lost([said, again]) or differs(run, whole), f"limit {limit}")
+        try:
+            status, said, _ = child(confined, run)
+            torn = [p.name for p in run.glob("*.tmp") if p.is_dir()]
+            code = os.waitstatus_to_exitcode(status)
+            problem = f"exit {code} {said}" if code not in (0, 1, 2) else f"left {torn}" if torn \
+                else ""
+            if small:
+                mounted(disk, "remount,size=1m")
+            status, again, _ = child(lambda say: toy_run(run, STEPS, say), run)
+            result.add(problem or lost([said, again]) or differs(run, whole),
+                       f"{pages} pages" if small else f"limit {limit}")
+        finally:
+            if small:
+                subprocess.run(["umount", disk], check=True)
