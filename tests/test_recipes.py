@@ -104,8 +104,8 @@ def spoiled(kind):
 
 
 @pytest.mark.parametrize("kind, message", [
-    ("list", "is no recipe"), ("empty", "is no recipe"), ("broken", "is not valid JSON"),
-    ("row", "task 'depth' on 'coco' is unknown"), ("field", "protocol: unknown field 'window'"),
+    ("list", "holds no JSON object"), ("empty", "is no recipe"), ("broken", "is not valid JSON"),
+    ("row", "'depth' and 'coco', are no row"), ("field", "protocol: unknown field 'window'"),
     ("gap", "files lacks the field val_list"), ("no files", "files must be an object"),
     ("type", "model: unet: layers is 'two', but should be an integer")])
 def test_a_spoiled_recipe_is_refused_by_name(tmp_path, kind, message):
