@@ -63,8 +63,11 @@ def from_dict(kind: type, values: dict, where: str):
     for name in known:
         if name not in values:
             raise InputError(f"{where} lacks the field {name}")
-    return kind(**{name: checked(hints[name], values[name], f"{where}: {name}", name)
+    made = kind(**{name: checked(hints[name], values[name], f"{where}: {name}", name)
                    for name in known})
+    if "channels" in known:
+        check_widths(made, f"{where}: ")
+    return made
 
 
 def checked(hint, value, where: str, name: str = ""):
@@ -99,6 +102,16 @@ def check_limits(value, where: str, name: str) -> None:
     for number in value if isinstance(value, (list, tuple)) else [value]:
         if not low <= number <= high:
             raise InputError(f"{where} is {value!r:.60}, possible is {low:g} to {high:g}")
+
+
+def check_widths(part, where: str) -> None:
+    """InputError unless a backbone's `channels` are four multiples of its groups and heads."""
+    for divisor in ("groups", "num_heads"):
+        number = getattr(part, divisor, 1)
+        if len(part.channels) != 4 or any(width % number for width in part.channels):
+            name = divisor.replace("_", "-") if where.startswith("--") else divisor
+            raise InputError(f"{where}channels {part.channels}: four multiples of {where}{name} "
+                             f"{number}")
 
 
 def in_words(kind) -> str:

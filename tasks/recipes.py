@@ -9,7 +9,7 @@ from pathlib import Path
 
 from model import Config
 from ops.errors import InputError, read_object
-from ops.settings import from_dict
+from ops.settings import check_widths, from_dict
 from sets.ade20k import Ade20k, SegFolder
 from sets.cityscapes import Cityscapes, CityscapesExtra, Mapillary
 from sets.coco import Coco, PoseFolder
@@ -203,13 +203,8 @@ def check(recipe: Recipe) -> None:
         raise InputError(f"--unet-channels {unet.channels} is a full-width backbone with random "
                          "weights, which learns little: give --backbone SOURCE, or --init random "
                          "if you mean it")
-    for name, part, divisors in (("unet", unet, ("groups", "num_heads")),
-                                 ("vae", recipe.model.vae, ("groups",))):
-        for divisor in divisors:
-            number = getattr(part, divisor)
-            if len(part.channels) != 4 or any(c % number for c in part.channels):
-                raise InputError(f"--{name}-channels {part.channels}: four multiples of --{name}-"
-                                 f"{divisor.replace('_', '-')} {number}")
+    check_widths(unet, "--unet-")
+    check_widths(recipe.model.vae, "--vae-")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -155,8 +155,7 @@ def run_setup(folder: Path) -> Box:
         folder / "run" / "recipe.json"), "moments": load_file(last / "optimizer.safetensors")}
     for path in [*last.iterdir(), folder / "run" / "recipe.json"]:
         good[path.name] = path.read_bytes()
-    return Box(folder, {k: v if isinstance(v, bytes) else copy.deepcopy(v)
-                        for k, v in good.items()})
+    return Box(folder, copy.deepcopy(good))              # nothing stays mapped to the files
 
 
 def same_tensors(found: dict, wanted: dict, allowed: bool) -> str:
@@ -262,12 +261,8 @@ def config_json(rng, box):
             model(torch.zeros(1, 3, 64, 64))
         return read_config(path)
 
-    def verdict(config):
-        if not typed(Config, config) or action == "extra":
-            return "wrong"
-        return "payload"                                 # another valid setting, or a default
-
-    return judge(load, verdict, what)
+    return judge(load, lambda config: "payload" if typed(Config, config) and action != "extra"
+                 else "wrong", what)                     # payload: a valid setting, or a default
 
 
 def recipe_json(rng, box):

@@ -328,5 +328,6 @@ def eval_flags(rng, box):
             evaluation.main()
         return recipe
 
-    found = judge(lambda: commanded(load), lambda made: "payload" if typed(object, made) else "wrong")
+    found = judge(lambda: commanded(load),
+                  lambda made: "payload" if typed(object, made) else "wrong")
     return found[0], f"{found[1]} {' '.join(arguments[-4:])[:120]!r}"

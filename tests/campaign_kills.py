@@ -307,9 +307,11 @@ def every_pair(folder: Path, result: Kills, until: float, rng) -> None:
 
 def random_kills(folder: Path, result: Kills, until: float, rng) -> None:
     """One to four kills at random moments of the small run."""
+    start = time.monotonic()
     whole, _ = whole_toy(folder)
+    seconds = time.monotonic() - start
     while time.monotonic() < until:
-        ends = [float(rng.uniform(0, 0.06)) for _ in range(int(rng.integers(1, 5)))]
+        ends = [float(rng.uniform(0, seconds)) for _ in range(int(rng.integers(1, 5)))]
         result.add(toy_kills(folder, ends, False, whole), f"kills after {ends}")
         result.cases += len(ends) - 1
 

@@ -4,6 +4,7 @@
 """
 import json
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ldm_names import to_ldm
 from oracles import LEVELS, randomise
 from safetensors.torch import save_file
 
-from model import read_config
+from model import Config, read_config
 from ops.errors import InputError
 from unet import UNet, UNetConfig
 from vae import VAEConfig
@@ -178,9 +179,13 @@ def test_a_config_that_is_no_object_is_refused(unet_folder, text):
         read_config(unet_folder / "unet" / "config.json")
 
 
-def test_sizes_that_make_no_model_are_refused(unet_folder):
-    """Five levels, or widths that the groups do not divide."""
-    path, tensors = tensors_of(unet_folder)
-    for sizes in ({"channels": (32, 64, 96)}, {"groups": 5}):
-        with pytest.raises(InputError, match="its sizes make no model"):
-            files.assemble(UNet, UNetConfig(**{"channels": LEVELS, **sizes}), tensors, path)
+@pytest.mark.parametrize("part, sizes", [
+    ("unet", {"channels": [32, 64, 96]}), ("unet", {"groups": 7}), ("unet", {"num_heads": 3}),
+    ("vae", {"groups": 7}), ("vae", {"channels": [32, 64, 96, 128, 160]})])
+def test_sizes_that_make_no_model_are_refused(tmp_path, part, sizes):
+    """Not four levels, or widths that groups or heads do not divide."""
+    values = asdict(Config())
+    values[part].update(sizes)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"config.json: {part}: channels .*four multiples of"):
+        read_config(tmp_path / "config.json")

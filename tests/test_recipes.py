@@ -105,7 +105,7 @@ def spoiled(kind):
 
 @pytest.mark.parametrize("kind, message", [
     ("list", "holds no JSON object"), ("empty", "is no recipe"), ("broken", "is not valid JSON"),
-    ("row", "'depth' and 'coco', are no row"), ("field", "protocol: unknown field 'window'"),
+    ("row", "'depth' and 'coco', are no row of"), ("field", "protocol: unknown field 'window'"),
     ("gap", "files lacks the field val_list"), ("no files", "files must be an object"),
     ("type", "model: unet: layers is 'two', but should be an integer")])
 def test_a_spoiled_recipe_is_refused_by_name(tmp_path, kind, message):

@@ -406,7 +406,7 @@ def test_absurd_flags_are_refused_in_one_line(monkeypatch, capsys, tmp_path, fla
     monkeypatch.chdir(tmp_path)
     code, stderr = refused(train.main, monkeypatch, capsys, *flags)
     assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_a_metric_without_a_value_is_replaced_by_the_first_that_has_one(tmp_path, monkeypatch):
