@@ -16,7 +16,7 @@ from ops.errors import InputError
 # What a setting may be, by its name, in whichever class: (least, most) of a number, of each number
 # of a tuple, or the words that are possible.
 LIMITS = {
-    "task": ("seg", "depth", "pose"), "init": ("auto", "random"), "box": ("nyu", "garg", "eigen"),
+    "init": ("auto", "random"), "box": ("nyu", "garg", "eigen"),
     "schedule": ("poly", "two-phase", "step"), "precision": ("auto", "bfloat16", "float32"),
     "num_prompts": (1, 65536), "refine_steps": (1, 100), "latent_scale": (1e-6, 1e6),
     "num_classes": (0, 255), "head_channels": (1, 65536), "max_depth": (0.01, 1e5),

@@ -47,7 +47,7 @@ def flag_paths(recipe: Recipe) -> dict[str, Path_]:
     found = {}
     for path in leaves(recipe):
         name = "_".join(path[-2:]) if path[-2:-1] in (("unet",), ("vae",)) else path[-1]
-        if path[0] != "dataset" and path[-1] not in (*FOUND_OUT, *UNUSED[recipe.task]):
+        if path[0] != "dataset" and path[-1] not in (*FOUND_OUT, *UNUSED.get(recipe.task, ())):
             found[name] = path
     return found
 

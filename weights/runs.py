@@ -22,7 +22,8 @@ class RunFolder:
         self.run, self.resume = run, resume
 
     def __enter__(self) -> None:
-        self.lock, self.new = None, not self.run.exists()
+        self.lock = None
+        self.new = [path for path in (self.run, *self.run.parents) if not path.exists()]
         if parallel.rank() > 0:
             return
         kept = [name for name in ("last", "last.previous", "best") if (self.run / name).exists()]
@@ -43,7 +44,8 @@ class RunFolder:
             self.lock.close()                            # also unlocks it
             if self.new and len(list(self.run.iterdir())) == 1:
                 (self.run / ".lock").unlink()            # refused before anything was written
-                self.run.rmdir()
+                for path in self.new:
+                    path.rmdir()
 
 
 def lock_file(file) -> bool:
