@@ -112,6 +112,10 @@ def check_widths(part, where: str) -> None:
             name = divisor.replace("_", "-") if where.startswith("--") else divisor
             raise InputError(f"{where}channels {part.channels}: four multiples of {where}{name} "
                              f"{number}")
+    dim = getattr(part, "context_dim", 0)
+    if dim % 16 or dim and part.channels[0] % 16:        # the groups of the necks' norms
+        raise InputError(f"{where}channels {part.channels} with a context of {dim}: the first of "
+                         "the channels and the context are multiples of 16")
 
 
 def in_words(kind) -> str:
