@@ -139,6 +139,9 @@ def check(args) -> None:
             check_folder(flag, folder)
     if args.image is None and hasattr(args, "max_side"):
         raise InputError("--max-side is about your own pictures: it needs --image")
+    if args.save and any((Path(args.save) / name).exists() for name in
+                         ("config.json", "model.safetensors", "recipe.json")):
+        raise InputError(f"--save {args.save} holds a model already: give another folder")
     if args.image is None:
         return
     if args.export is not None:
@@ -146,7 +149,7 @@ def check(args) -> None:
     out, source = Path(args.out or "."), Path(args.image).expanduser()
     if not source.exists():
         raise InputError(f"--image {source} does not exist: an image file or a folder of images")
-    if args.out and source.is_dir() and out.resolve() == source.resolve():
+    if args.out and out.resolve() == (source if source.is_dir() else source.parent).resolve():
         raise InputError(f"--out {out} is the folder of the images: the next run would take the "
                          "results for images")
 
@@ -258,6 +261,7 @@ def evaluate_set(model: MetaPromptModel, recipe: Recipe, args, out: Path, dtype:
     dataset, task = data.open_set(recipe, "val"), TASKS[recipe.task]
     print(f"data       {recipe.dataset}: {dataset.check()}")
     export = Path(args.export) if args.export else out if recipe.task == "pose" else None
+    check_export(export, getattr(recipe.files, "data", None))
     metrics = task.evaluate(model, dataset, recipe.protocol, dtype, workers=args.workers,
                             sheet=out / "pictures.png", export=export)
     task.report(metrics, dataset)
@@ -266,6 +270,16 @@ def evaluate_set(model: MetaPromptModel, recipe: Recipe, args, out: Path, dtype:
                                         "protocol": asdict(recipe.protocol), **metrics})
     print(f"wrote {out / 'metrics.json'} and {out / 'pictures.png'}"
           + (f", {args.export}" if args.export else ""))
+
+
+def check_export(export: Path | None, data_folder: str | None) -> None:
+    """InputError if exported answers would lie among the data set's own files."""
+    if export is None or not data_folder:
+        return
+    root = Path(data_folder).resolve()
+    if root in (export.resolve(), *export.resolve().parents):
+        raise InputError(f"--export {export} is inside --data {data_folder}: answers could replace "
+                         "the truth")
 
 
 def summary(metrics: dict) -> str:

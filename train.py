@@ -399,7 +399,7 @@ class Stop:
 
 def report(recipe: Recipe, result: dict, seconds: float) -> None:
     """Say where the result of `train` is, or how to go on."""
-    if result["steps"] < recipe.iterations:
+    if result["steps"] < recipe.iterations or result["best"] is None:
         print(f"stopped after {result['steps']} of {recipe.iterations} steps; go on with\n"
               f"python train.py --resume {result['run']}")
         return

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
+from ops.errors import InputError
 from vpd.text import Tokenizer
 from weights.checkpoint import remove, write_json
 
@@ -113,7 +114,9 @@ def export(folder: Path, settings: dict, unet: nn.Module, vae: nn.Module, text_e
     settings: of tools/pretrain.py; tokenizer: a folder with vocab.json and merges.txt; metrics: the
     lines of metrics.jsonl.
     """
-    new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
+    new, old = (folder.with_name(folder.name + end) for end in (".export-new", ".export-old"))
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder} is there and no exported model: it is not replaced")
     remove(new)
     words = Tokenizer.from_pretrained(str(tokenizer.parent))
     for part in ("scheduler", "unet", "vae", "text_encoder"):

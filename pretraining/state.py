@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ops.errors import InputError
+from weights.checkpoint import check_finite
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
@@ -22,6 +23,7 @@ def save_state(path: Path, step: int, modules: dict[str, nn.Module],
     """Write modules and moments to one file."""
     tensors = {}
     for part, module in modules.items():
+        check_finite(module)
         tensors |= {f"{part}:{name}": t.contiguous() for name, t in module.state_dict().items()}
         for name, parameter in module.named_parameters():
             for kind, value in optimizer.state.get(parameter, {}).items():

@@ -95,7 +95,7 @@ def read_list(path: str | None, root: Path, flag: str) -> Pairs:
         raise InputError(f"{flag} is missing: a text file of '<rgb> <depth>' lines, relative to "
                          f"{root}")
     try:
-        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
+        lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{flag} {path} cannot be read ({error})") from None
     pairs = []

@@ -153,11 +153,12 @@ def resolve(arguments: list[str], description: str = "") -> tuple[Recipe, bool]:
     first.add_argument("--dataset", default="shapes")
     first.add_argument("--backbone")
     first.add_argument("--resume")
-    chosen, rest = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
+    chosen, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     if chosen.resume is not None:
-        if len(arguments) > 2 or not chosen.resume:
+        given = arguments[1:] if arguments[0].startswith("--resume=") else arguments[2:]
+        if given or not chosen.resume:
             raise InputError("--resume RUN takes the run's recipe: leave out "
-                             f"{rest[0] if rest else 'all other flags, and name the folder'}")
+                             f"{given[0] if given else 'nothing, but name the folder'}")
         return replace(read_recipe(Path(chosen.resume) / "recipe.json"), out=chosen.resume), True
     row = find_recipe(chosen.task, chosen.dataset)
     row = tiny(row) if chosen.backbone == "tiny" and row.backbone != "tiny" else row

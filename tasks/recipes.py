@@ -198,6 +198,12 @@ def check(recipe: Recipe) -> None:
     if recipe.model.resize_scale == 0 and (recipe.crop % 64 or (recipe.crop_width or 0) % 64):
         raise InputError(f"--crop {recipe.crop}, --crop-width {recipe.crop_width}: a side that is "
                          "no multiple of 64, the UNet's coarsest stride")
+    if 0 < getattr(recipe.protocol, "max_side", 0) < 64:
+        raise InputError(f"--max-side {recipe.protocol.max_side}: 64 pixels or more")
+    if getattr(recipe.protocol, "min_depth_eval", 0) >= getattr(recipe.protocol, "max_depth_eval",
+                                                                1):
+        raise InputError(f"--min-depth-eval {recipe.protocol.min_depth_eval}: must be below "
+                         f"--max-depth-eval {recipe.protocol.max_depth_eval}")
     unet = recipe.model.unet
     if recipe.backbone == "tiny" and max(unet.channels) >= FULL_WIDTH and recipe.init != "random":
         raise InputError(f"--unet-channels {unet.channels} is a full-width backbone with random "

@@ -169,6 +169,10 @@ def evaluate(model: MetaPromptModel, dataset, protocol: Protocol, dtype: torch.d
     if model.config.num_classes != num_classes:
         raise InputError(f"the model predicts {model.config.num_classes} classes, the data set "
                          f"has {num_classes}")
+    if model.config.class_names and model.config.class_names != dataset.classes.names:
+        raise InputError(f"the model predicts the classes {', '.join(model.config.class_names)}; "
+                         f"the data set has others, or another order: "
+                         f"{', '.join(dataset.classes.names)}")
     if protocol.ratios != (1.0,):
         dataset.scale = None                             # `predict` makes all scales itself
     counts = torch.zeros(num_classes, num_classes, dtype=torch.long, device=device)

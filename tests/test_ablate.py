@@ -121,6 +121,16 @@ class FakeTrain:
             raise FloatingPointError("the loss is nan at step 0; the images: scene 7")
         record = {"step": made.iterations, self.metric: 0.2 + 0.1 * made.seed}
         (Path(made.out) / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        return {"steps": made.iterations}
+
+
+def test_a_signal_stops_the_whole_ablation(tmp_path, monkeypatch):
+    """A run that a signal ended early is saved, not called diverged, and no other is started."""
+    base, calls = recipe(tmp_path / "r", "--iterations", 3), []
+    monkeypatch.setattr(ablate, "train", lambda made, resume: calls.append(made) or {"steps": 1})
+    with pytest.raises(KeyboardInterrupt):
+        ablate.ablate(base, 1, ["latent-scale"])
+    assert len(calls) == 1
 
 
 def test_an_interrupted_ablation_goes_on(tmp_path, monkeypatch):

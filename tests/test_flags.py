@@ -284,3 +284,11 @@ def test_bad_prompt_files_are_refused_in_one_line(tmp_path, kind, message):
         recipe(tmp_path / "r", "--prompts", path)
     assert message in str(error.value) and str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", [["--resume=runs/x", "--iterations=50"],
+                                   ["--resume", "runs/x", "--lr=1"], ["--resume="]])
+def test_resume_takes_no_other_flag_however_it_is_written(words):
+    """--resume=RUN --flag=value is refused like --resume RUN --flag value."""
+    with pytest.raises(InputError, match="--resume RUN takes the run's recipe"):
+        resolve(words)

@@ -28,7 +28,7 @@ from tasks import TASKS
 from tasks.flags import Parser, finish, resolve, with_flags
 from tasks.recipes import Recipe, read_recipe
 from train import train
-from weights.runs import read_log
+from weights.runs import RunFolder, read_log
 
 PROMPTS = "prompts.safetensors"  # in the folder of a run with fixed prompts
 
@@ -142,12 +142,16 @@ def run_one(recipe: Recipe) -> float | None:
     folder = Path(recipe.out)
     folder.mkdir(parents=True, exist_ok=True)
     saved = any((folder / name).exists() for name in ("last", "last.tmp", "last.previous"))
-    with (folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log):
+    with (RunFolder(folder, saved),
+          (folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as log,
+          redirect_stdout(log)):
         try:
-            train(recipe, resume=saved)
+            result = train(recipe, resume=saved)
         except FloatingPointError as error:
             print(error)
             return None
+    if result["steps"] < recipe.iterations:              # a signal: its run is saved
+        raise KeyboardInterrupt
     return final_metric(recipe)
 
 

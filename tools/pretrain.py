@@ -5,8 +5,8 @@
     python -m tools.pretrain sample --prompt "two balls and a cone"           RUN/sample.png
     python -m tools.pretrain cache | export           latents for `diffusion` | RUN/tiny-sd/
 
-Every command goes on where it was stopped, to the bit; `--steps` more continues a finished one.
-RUN (runs/tiny-sd; --out) also holds settings.json, metrics.jsonl and pictures/.
+Every command goes on where it was stopped, to the bit; more `--steps` continue a finished one.
+RUN (--out) also holds settings.json, metrics.jsonl and pictures/.
 """
 import argparse
 import json
@@ -415,9 +415,6 @@ def export_last(settings: Settings) -> None:
     print(f"wrote {settings.export}")
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-
 STAGES = {"autoencoder": train_autoencoder, "cache": make_cache, "diffusion": train_diffusion,
           "sample": sample_prompt, "export": export_last}
 
@@ -440,6 +437,8 @@ def parse(arguments: list[str] | None) -> tuple[str, Settings]:
 def main(arguments: list[str] | None = None) -> None:
     """Run one stage."""
     stage, settings = parse(arguments)
+    if (Path(settings.out) / "recipe.json").exists():
+        raise InputError(f"--out {settings.out} holds a run of train.py")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
     write_json(Path(settings.out) / "settings.json", asdict(settings))
     STAGES[stage](settings)

@@ -9,7 +9,7 @@ except ImportError:                                      # Windows
 
 from ops import parallel
 from ops.errors import InputError
-from weights.checkpoint import write_text
+from weights.checkpoint import LAST, complete, write_text
 
 
 class RunFolder:
@@ -26,10 +26,13 @@ class RunFolder:
         self.new = [path for path in (self.run, *self.run.parents) if not path.exists()]
         if parallel.rank() > 0:
             return
-        kept = [name for name in ("last", "last.previous", "best") if (self.run / name).exists()]
-        if kept and not self.resume:
+        kept = [name for name in ("last", "last.previous", "best", "best.previous")
+                if (self.run / name).exists()]
+        if (kept or complete(self.run / "last.tmp", LAST)) and not self.resume:
             raise InputError(f"--out {self.run} holds a run already: --resume {self.run}, or give "
                              "another folder")
+        if (self.run / "settings.json").exists():
+            raise InputError(f"--out {self.run} holds a run of tools.pretrain: give another folder")
         try:
             self.run.mkdir(parents=True, exist_ok=True)
             self.lock = (self.run / ".lock").open("a", encoding="utf-8")
@@ -67,7 +70,7 @@ def read_log(path: Path) -> list[dict]:
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (RecursionError, ValueError):
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
