@@ -368,3 +368,19 @@ def test_the_folder_of_a_killed_save_is_found(tmp_path, present, found):
         for file in ("config.json", "model.safetensors"):
             (tmp_path / name / file).write_text("")
     assert evaluation.find_checkpoint(str(tmp_path)) == tmp_path / found
+
+
+def test_a_model_is_not_replaced(tmp_path):
+    """--save into a folder that holds a model, a checkpoint or a run is refused before the work."""
+    (tmp_path / "config.json").write_text("{}")
+    parser = evaluation.command_parser(RECIPES["seg", "shapes"], ("protocol",))
+    with pytest.raises(InputError, match="holds a model already"):
+        evaluation.check(parser.parse_args(["--checkpoint", "x", "--save", str(tmp_path)]))
+
+
+def test_answers_are_not_written_among_the_truth(tmp_path):
+    """--export below --data is refused; beside it, it is not."""
+    with pytest.raises(InputError, match="answers could replace the truth"):
+        evaluation.check_export(tmp_path / "labels" / "val", str(tmp_path))
+    evaluation.check_export(tmp_path.parent / "elsewhere", str(tmp_path))
+    evaluation.check_export(None, str(tmp_path))

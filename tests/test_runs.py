@@ -83,3 +83,24 @@ def test_a_run_without_a_save_starts_again(tmp_path):
         find_last(tmp_path / "r")
     with RunFolder(tmp_path / "r", False):
         pass
+
+
+def test_a_first_checkpoint_that_was_not_renamed_is_one(tmp_path):
+    """A complete last.tmp is all that a kill may leave of a run: no new run may start over it."""
+    (tmp_path / "r" / "last.tmp").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "optimizer.safetensors"):
+        (tmp_path / "r" / "last.tmp" / name).touch()
+    with RunFolder(tmp_path / "r", False):               # torn: it may
+        pass
+    (tmp_path / "r" / "last.tmp" / "state.json").touch()
+    with pytest.raises(InputError, match="holds a run already"):
+        with RunFolder(tmp_path / "r", False):
+            pass
+
+
+def test_a_pretraining_run_is_not_trained_into(tmp_path):
+    """Its metrics.jsonl would be lost."""
+    (tmp_path / "settings.json").touch()
+    with pytest.raises(InputError, match="holds a run of tools.pretrain"):
+        with RunFolder(tmp_path, False):
+            pass
