@@ -139,6 +139,8 @@ def check(args) -> None:
             check_folder(flag, folder)
     if args.image is None and hasattr(args, "max_side"):
         raise InputError("--max-side is about your own pictures: it needs --image")
+    if not 0 <= args.workers <= 256:
+        raise InputError(f"--workers {args.workers}: possible is 0 to 256")
     if args.save and any((Path(args.save) / name).exists() for name in
                          ("config.json", "model.safetensors", "recipe.json")):
         raise InputError(f"--save {args.save} holds a model already: give another folder")

@@ -198,6 +198,8 @@ def check(recipe: Recipe) -> None:
     if recipe.model.resize_scale == 0 and (recipe.crop % 64 or (recipe.crop_width or 0) % 64):
         raise InputError(f"--crop {recipe.crop}, --crop-width {recipe.crop_width}: a side that is "
                          "no multiple of 64, the UNet's coarsest stride")
+    if recipe.min_lr > recipe.lr:
+        raise InputError(f"--min-lr {recipe.min_lr:g} is above --lr {recipe.lr:g}")
     if 0 < getattr(recipe.protocol, "max_side", 0) < 64:
         raise InputError(f"--max-side {recipe.protocol.max_side}: 64 pixels or more")
     if getattr(recipe.protocol, "min_depth_eval", 0) >= getattr(recipe.protocol, "max_depth_eval",
