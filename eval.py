@@ -263,7 +263,7 @@ def evaluate_set(model: MetaPromptModel, recipe: Recipe, args, out: Path, dtype:
     dataset, task = data.open_set(recipe, "val"), TASKS[recipe.task]
     print(f"data       {recipe.dataset}: {dataset.check()}")
     export = Path(args.export) if args.export else out if recipe.task == "pose" else None
-    check_export(export, getattr(recipe.files, "data", None))
+    check_export(args.export, getattr(recipe.files, "data", None))
     metrics = task.evaluate(model, dataset, recipe.protocol, dtype, workers=args.workers,
                             sheet=out / "pictures.png", export=export)
     task.report(metrics, dataset)
@@ -274,14 +274,14 @@ def evaluate_set(model: MetaPromptModel, recipe: Recipe, args, out: Path, dtype:
           + (f", {args.export}" if args.export else ""))
 
 
-def check_export(export: Path | None, data_folder: str | None) -> None:
+def check_export(export: str | None, data_folder: str | None) -> None:
     """InputError if exported answers would lie among the data set's own files."""
-    if export is None or not data_folder:
+    if not export or not data_folder or not Path(export).is_dir():
         return
-    root = Path(data_folder).resolve()
-    if root in (export.resolve(), *export.resolve().parents):
-        raise InputError(f"--export {export} is inside --data {data_folder}: answers could replace "
-                         "the truth")
+    folder, root = Path(export).resolve(), Path(data_folder).resolve()
+    if root in (folder, *folder.parents) and any(folder.iterdir()):
+        raise InputError(f"--export {export} is inside --data {data_folder} and holds files: "
+                         "answers could replace the truth; give an empty folder")
 
 
 def summary(metrics: dict) -> str:

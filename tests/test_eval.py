@@ -379,8 +379,10 @@ def test_a_model_is_not_replaced(tmp_path):
 
 
 def test_answers_are_not_written_among_the_truth(tmp_path):
-    """--export below --data is refused; beside it, it is not."""
+    """--export into a folder below --data that holds files is refused; a new one is not."""
+    (tmp_path / "labels" / "val").mkdir(parents=True)
+    (tmp_path / "labels" / "val" / "a.png").touch()
     with pytest.raises(InputError, match="answers could replace the truth"):
-        evaluation.check_export(tmp_path / "labels" / "val", str(tmp_path))
-    evaluation.check_export(tmp_path.parent / "elsewhere", str(tmp_path))
-    evaluation.check_export(None, str(tmp_path))
+        evaluation.check_export(str(tmp_path / "labels" / "val"), str(tmp_path))
+    for export in (None, str(tmp_path / "new"), str(tmp_path.parent)):
+        evaluation.check_export(export, str(tmp_path))
