@@ -78,7 +78,6 @@ def rearrange(features: Tensor, prompts: Tensor) -> Tensor:
 
 def enlarge(images: Tensor, scale: int) -> Tensor:
     """Resize images (B, 3, H, W) to sides of (side // 64 + scale) * 64; scale 0 leaves them alone.
-
     Official depth model: `scale` is added even to sides that are multiples of 64 (480 -> 512).
     """
     if scale == 0:
@@ -166,7 +165,6 @@ class MetaPromptModel(nn.Module):
 
     def forward(self, images: Tensor, target: Tensor | None = None):
         """RGB in [0, 1] -> logits or metres at image size, or heatmaps; with a target {name: loss}.
-
         For seg B >= 2 in training mode (BatchNorm of a 1x1 map needs two values).
         """
         maps = self.responses(images)
