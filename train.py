@@ -39,7 +39,7 @@ from ops.errors import InputError, run_command
 from sets.files import UNREADABLE_SHARE
 from tasks import TASKS
 from tasks.flags import read_prompts, resolve
-from tasks.recipes import Recipe, lr_factor, to_dict
+from tasks.recipes import Recipe, lr_factor
 from weights import checkpoint
 from weights.checkpoint import State
 from weights.runs import Log, RunFolder
@@ -78,7 +78,7 @@ def train(recipe: Recipe, resume: bool) -> dict:
     print_plan(recipe, model, device, dtype)
     if parallel.rank() == 0 and not resume:
         run.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(run / "recipe.json", to_dict(recipe))
+        checkpoint.write_json(run / "recipe.json", asdict(recipe))
 
     done = state.step * parallel.accumulation(recipe.batch, recipe.micro_batch)
     batches = Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed, done,
@@ -101,7 +101,7 @@ def begin(recipe: Recipe, resume: bool, names: tuple[str, ...], device: torch.de
     if resume:
         model, optimizer, state = continued(recipe, names, device)
     else:
-        state = checkpoint.State()
+        state = State()
         model = build_model(recipe, names).to(device)
         optimizer = build_optimizer(model, recipe)
     model.unet.gradient_checkpointing = recipe.gradient_checkpointing
@@ -206,7 +206,7 @@ def build_optimizer(model: MetaPromptModel, recipe: Recipe) -> torch.optim.AdamW
 
 def print_plan(recipe: Recipe, model: MetaPromptModel, device, dtype) -> None:
     """Say what is about to happen."""
-    print("recipe     " + json.dumps(to_dict(recipe)))
+    print("recipe     " + json.dumps(asdict(recipe)))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     every = sum(p.numel() for p in model.parameters()) / 1e6
     devices = f"{parallel.world()} x {device}" if parallel.world() > 1 else device
@@ -315,7 +315,7 @@ def validate(recipe: Recipe, model: MetaPromptModel, val_set, dtype: torch.dtype
     if state.best is None or sign * (metrics[name] - state.best) > 0:
         state = replace(state, best=metrics[name] if math.isfinite(metrics[name]) else None)
         if parallel.rank() == 0:
-            card = checkpoint.model_card(to_dict(recipe), metrics, state.step)
+            card = checkpoint.model_card(asdict(recipe), metrics, state.step)
             checkpoint.save_best(run, model, card)
     state = replace(state, evaluated=state.step)
     if parallel.rank() == 0:

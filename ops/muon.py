@@ -37,7 +37,7 @@ class Muon(torch.optim.AdamW):
 
     A step of such a weight, flattened to (out, rest), is lr * sqrt(max(1, out / rest)) * U V^T,
     U V^T from the gradient's Nesterov momentum.  torch.optim.Muon (torch 2.9 on) is the same, but
-    takes no convolutions and calculates in bfloat16.
+    takes no convolutions and computes in bfloat16.
     """
 
     @torch.no_grad()

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from ops import augment, pixels
 from ops.errors import InputError
-from sets.files import (IGNORE, Classes, Cut, check_some, class_table, find_root, inverse,
-                        list_pairs, load_label, load_pair, plain_classes, to_sample)
+from sets.files import (IGNORE, Classes, Cut, PairFiles, check_some, class_table, find_root,
+                        inverse, list_pairs, load_label, load_pair, plain_classes, to_sample)
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def read_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-class SegFiles(Dataset):
+class SegFiles(PairFiles):
     """Image and label files.  Training: the official pipeline (`augmented`).  Else: whole images.
 
     In evaluation the image is at `cut.scale`, the target at its own size; scale None keeps an
@@ -81,18 +80,8 @@ class SegFiles(Dataset):
     """
 
     def __init__(self, pairs: list[tuple[Path, Path]], classes: Classes, cut: Cut):
-        self.pairs, self.classes, self.cut, self.scale = pairs, classes, cut, cut.scale
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def name(self, index: int) -> str:
-        """Path of the image, for messages."""
-        return str(self.pairs[index][0])
-
-    def names(self) -> list[str]:
-        """Of all images."""
-        return [str(image) for image, _ in self.pairs]
+        super().__init__(pairs, cut)
+        self.classes, self.scale = classes, cut.scale
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(image uint8 RGB, labels uint8); InputError if the two files don't fit each other."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import Dataset
 
 from ops.errors import InputError
 
@@ -105,6 +106,24 @@ def relative_names(names: list[str]) -> dict[str, Path]:
         return stems
     root = os.path.commonpath([os.path.dirname(name) for name in names])
     return dict(zip(names, output_names([Path(os.path.relpath(name, root)) for name in names])))
+
+
+class PairFiles(Dataset):
+    """What sets of (image, label or depth map) files share; `cut` says how samples are cut."""
+
+    def __init__(self, pairs: list[tuple[Path, Path]], cut: Cut):
+        self.pairs, self.cut = pairs, cut
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        """Path of an image, for messages and for exported files."""
+        return str(self.pairs[index][0])
+
+    def names(self) -> list[str]:
+        """Paths of all images."""
+        return [str(image) for image, _ in self.pairs]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from ops import augment
 from ops.errors import InputError
-from sets.files import (Cut, check_some, find_root, list_pairs, load_depth, load_pair,
+from sets.files import (Cut, PairFiles, check_some, find_root, list_pairs, load_depth, load_pair,
                         to_sample)
 
 KITTI_SIZE = (352, 1216)  # of the benchmark's crop
@@ -95,7 +94,7 @@ def read_list(path: str | None, root: Path, flag: str) -> Pairs:
         raise InputError(f"{flag} is missing: a text file of '<rgb> <depth>' lines, relative to "
                          f"{root}")
     try:
-        lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
+        lines = re.split(r"\r\n?|\n", Path(path).read_bytes().decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{flag} {path} cannot be read ({error})") from None
     pairs = []
@@ -125,25 +124,15 @@ def check_leakage(train: Pairs, val: Pairs) -> None:
                          f"({len(shared)} shared): the result would be no test")
 
 
-class DepthFiles(Dataset):
+class DepthFiles(PairFiles):
     """RGB images and 16-bit depth PNGs.  Training: the official chain, ops/augment.py.
 
     `units` per metre in the PNG; `kitti` cuts to 352 x 1216.
     """
 
     def __init__(self, pairs: Pairs, cut: Cut, units: float, kitti: bool = False):
-        self.pairs, self.cut, self.units, self.kitti = pairs, cut, units, kitti
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def name(self, index: int) -> str:
-        """Path of the image, for messages and for exported files."""
-        return str(self.pairs[index][0])
-
-    def names(self) -> list[str]:
-        """Of all images."""
-        return [str(image) for image, _ in self.pairs]
+        super().__init__(pairs, cut)
+        self.units, self.kitti = units, kitti
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(image uint8 RGB, raw depth float32 in the file's units), cropped on KITTI."""

@@ -21,7 +21,7 @@ from ops.settings import checked, comments, leaves, with_leaves
 from tasks.recipes import RECIPES, Recipe, check, find_recipe, random_backbone, read_recipe, tiny
 from weights.files import read_tensors
 
-Path_ = tuple[str, ...]  # names of the fields that lead to a setting
+FieldPath = tuple[str, ...]  # names of the fields that lead to a setting
 
 FOUND_OUT = ("task", "class_names", "num_classes", "fixed_prompts", "train_encoder")  # no flags
 UNUSED = {  # fields of the model and the run that a task does not read
@@ -39,10 +39,11 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
+        """What argparse calls for a wrong command line."""
         raise InputError(message)
 
 
-def flag_paths(recipe: Recipe) -> dict[str, Path_]:
+def flag_paths(recipe: Recipe) -> dict[str, FieldPath]:
     """Name of a flag, with underscores -> where its value lies in a recipe of this task and set."""
     found = {}
     for path in leaves(recipe):
@@ -52,7 +53,7 @@ def flag_paths(recipe: Recipe) -> dict[str, Path_]:
     return found
 
 
-def owner_of(recipe: Recipe, path: Path_):
+def owner_of(recipe: Recipe, path: FieldPath):
     """The settings object that holds the field at `path`."""
     for name in path[:-1]:
         recipe = getattr(recipe, name)
@@ -141,6 +142,7 @@ def parse(parser: Parser, arguments: list[str], recipe: Recipe) -> argparse.Name
 # train.py's recipe
 
 SECTIONS = tuple(Recipe.__dataclass_fields__)
+HELP = ("-h", "--help")  # is answered when the row, and so its flags, are known
 
 
 def resolve(arguments: list[str], description: str = "") -> tuple[Recipe, bool]:
@@ -152,14 +154,9 @@ def resolve(arguments: list[str], description: str = "") -> tuple[Recipe, bool]:
     first.add_argument("--task", default="seg")
     first.add_argument("--dataset", default="shapes")
     first.add_argument("--backbone")
-    first.add_argument("--resume")
-    chosen, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
-    if chosen.resume is not None:
-        given = arguments[1:] if arguments[0].startswith("--resume=") else arguments[2:]
-        if given or not chosen.resume:
-            raise InputError("--resume RUN takes the run's recipe: leave out "
-                             f"{given[0] if given else 'nothing, but name the folder'}")
-        return replace(read_recipe(Path(chosen.resume) / "recipe.json"), out=chosen.resume), True
+    chosen, _ = first.parse_known_args([a for a in arguments if a not in HELP])
+    if (run := resumed(arguments)) is not None:
+        return replace(read_recipe(run / "recipe.json"), out=str(run)), True
     row = find_recipe(chosen.task, chosen.dataset)
     row = tiny(row) if chosen.backbone == "tiny" and row.backbone != "tiny" else row
     parser = Parser(description)
@@ -171,8 +168,21 @@ def resolve(arguments: list[str], description: str = "") -> tuple[Recipe, bool]:
     given = vars(parse(parser, arguments, row))
     given = {name: words for name, words in given.items()
              if name not in ("task", "dataset", "resume")}
-    recipe = finish(with_flags(row, given), given)
-    return recipe, False
+    return finish(with_flags(row, given), given), False
+
+
+def resumed(arguments: list[str]) -> Path | None:
+    """The run of --resume RUN, which takes no other flag; None without it, or InputError."""
+    only = Parser("")
+    only.add_argument("--resume")
+    chosen, others = only.parse_known_args([a for a in arguments if a not in HELP])
+    if chosen.resume is None:
+        return None
+    if others:
+        raise InputError(f"--resume RUN takes the run's recipe: leave out {others[0]}")
+    if not chosen.resume:
+        raise InputError("--resume RUN takes the run's recipe: name the folder")
+    return Path(chosen.resume)
 
 
 def finish(recipe: Recipe, given: dict) -> Recipe:

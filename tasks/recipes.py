@@ -4,7 +4,7 @@ A run is one Recipe: where the data lie (`files`, sets/), what the model is (`mo
 it is asked (`protocol`, tasks/) and how it is trained.  Every field is a flag of train.py (see
 flags.py); its comment is the flag's help.  recipe.json in a run folder is one Recipe.
 """
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model import Config
@@ -217,11 +217,6 @@ def check(recipe: Recipe) -> None:
 
 # ------------------------------------------------------------------------------------------------
 # recipe.json
-
-def to_dict(recipe: Recipe) -> dict:
-    """What recipe.json holds."""
-    return asdict(recipe)
-
 
 def read_recipe(path: Path) -> Recipe:
     """recipe.json -> Recipe; InputError naming what does not fit."""

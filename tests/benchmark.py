@@ -377,12 +377,12 @@ def measured(args, device):
 def line(row: dict) -> str:
     """A row of the table; a dash where there is no number."""
     cells = []
-    for name, spec in COLUMNS.items():
+    for name, layout in COLUMNS.items():
         value = row.get(name)
         if value is None or isinstance(value, str):
-            spec = re.match(r"<?\d+", spec)[0]
-            value = ("-" if value is None else value).rjust(0 if "<" in spec else int(spec))
-        cells.append(format(value, spec))
+            layout = re.match(r"<?\d+", layout)[0]
+            value = ("-" if value is None else value).rjust(0 if "<" in layout else int(layout))
+        cells.append(format(value, layout))
     return " ".join(cells) + ("  " + row["out_of_memory"] if "out_of_memory" in row else "")
 
 

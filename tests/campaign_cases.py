@@ -16,7 +16,6 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from helpers import recipe
 from ldm_names import to_ldm

@@ -1,5 +1,6 @@
 """What several test files share: tiny models and recipes, commands run in this process."""
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ import train
 from ops.errors import run_command
 from sets import shapes
 from tasks.flags import resolve
-from tasks.recipes import to_dict
 
 TINY = ["--unet-channels", "16", "16", "32", "32", "--unet-groups", "8", "--unet-context-dim", "16",
         "--unet-latent-channels", "4", "--vae-channels", "8", "8", "16", "16", "--vae-groups", "8",
@@ -62,7 +62,7 @@ def write_run(task, folder):
     made = tiny_recipe(task, folder)
     model = train.build_model(made, shapes.CLASSES if task == "seg" else ())
     model.save_pretrained(folder / "best")
-    values = {**to_dict(made), "model": json.loads((folder / "best" / "config.json").read_text())}
+    values = {**asdict(made), "model": json.loads((folder / "best" / "config.json").read_text())}
     (folder / "recipe.json").write_text(json.dumps(values))
     return folder
 

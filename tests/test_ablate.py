@@ -3,7 +3,7 @@
     pytest tests/test_ablate.py
 """
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image
 import train
 from ops import draw
 from ops.errors import InputError
-from tasks.recipes import RECIPES, to_dict
+from tasks.recipes import RECIPES
 from tools import ablate
 
 VARIANTS = {v.name: v for v in ablate.VARIANTS}
@@ -200,7 +200,7 @@ def test_another_recipe_does_not_mix_with_finished_runs(tmp_path):
     base, folder = recipe(tmp_path / "r"), tmp_path / "r" / "baseline-seed0"
     folder.mkdir(parents=True)
     made = ablate.run_recipe(base, VARIANTS["baseline"], 0)
-    (folder / "recipe.json").write_text(json.dumps({**to_dict(made), "device": "cuda"}))
+    (folder / "recipe.json").write_text(json.dumps({**asdict(made), "device": "cuda"}))
     assert ablate.run_recipe(base, VARIANTS["baseline"], 0) == made
     with pytest.raises(InputError, match="iterations 600, this command 9"):
         ablate.ablate(replace(base, iterations=9), 1, None)

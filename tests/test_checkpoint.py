@@ -3,6 +3,7 @@
     pytest tests/test_checkpoint.py
 """
 import json
+from dataclasses import asdict
 import os
 import shutil
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import train
 from model import MetaPromptModel
 from ops.errors import InputError
-from tasks.recipes import RECIPES, to_dict
+from tasks.recipes import RECIPES
 from weights import checkpoint
 from weights.checkpoint import State
 
@@ -214,7 +215,7 @@ def test_torn_folders_are_no_checkpoint(tmp_path, stepped):
     ({"backbone": "."}, "creativeml-openrail-m")])
 def test_the_card_has_the_licence_of_its_weights_and_no_path(changes, licence):
     """Stable Diffusion's licence passes on; folders of the machine stay at home; scalars only."""
-    recipe = {**to_dict(RECIPES["seg", "ade20k"]), "out": "/home/me/run",
+    recipe = {**asdict(RECIPES["seg", "ade20k"]), "out": "/home/me/run",
               "init_from": "/home/me/first", "prompts": "/home/me/p", **changes}
     recipe["files"]["data"] = "/home/me/ade"
     card = checkpoint.model_card(recipe, {"mIoU": 0.5, "IoU": [0.25]}, 7)

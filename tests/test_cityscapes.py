@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import HEAD, TINY
 from PIL import Image
-from trees import (AACHEN, BREMEN, CAR_ID, ERBACH, FRANKFURT, PLATE_ID, ROAD_ID, ULM, H, W, cut,
+from trees import (AACHEN, BREMEN, CAR_ID, ERBACH, FRANKFURT, ROAD_ID, ULM, H, W, cut,
                    label_of, make_city, make_vistas, write, write_image, write_label)
 
 import eval as evaluation

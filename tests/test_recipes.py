@@ -3,14 +3,14 @@
     pytest tests/test_recipes.py
 """
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from ops.errors import InputError
 from tasks.flags import resolve
-from tasks.recipes import RECIPES, find_recipe, lr_factor, random_backbone, read_recipe, to_dict
+from tasks.recipes import RECIPES, find_recipe, lr_factor, random_backbone, read_recipe
 
 
 def test_learning_rate_meets_the_golden_values():
@@ -83,13 +83,13 @@ def test_unknown_rows_are_refused_with_the_possible_ones():
 def test_a_recipe_is_read_back(tmp_path, key):
     """recipe.json holds every setting, those of the data set and the protocol included."""
     path = tmp_path / "recipe.json"
-    path.write_text(json.dumps(to_dict(RECIPES[key])))
+    path.write_text(json.dumps(asdict(RECIPES[key])))
     assert read_recipe(path) == RECIPES[key]
 
 
 def spoiled(kind):
     """The text of a recipe.json with one defect."""
-    values = json.loads(json.dumps(to_dict(RECIPES["depth", "nyu"])))
+    values = json.loads(json.dumps(asdict(RECIPES["depth", "nyu"])))
     if kind == "row":
         values["dataset"] = "coco"
     elif kind == "field":

@@ -11,7 +11,6 @@ The maps are those that the head reads, after the rearrangement of the last pass
 picture at once: no windows, no mirror image.  Segmentation has four per prompt; drawn is the
 finest, of stride 4.  For pose the picture is the crop of the box with the highest score.
 """
-import sys
 from pathlib import Path
 
 import numpy as np

@@ -9,7 +9,6 @@ gradients, the optimiser's moments, activations, and what checkpointing recomput
 at full width, and no memory.  The CUDA context, workspaces and fragmentation are taken to be
 OTHER_GB; the loader's processes are not counted.
 """
-import sys
 import weakref
 from dataclasses import replace
 

@@ -9,7 +9,6 @@ Transferable Visual Models From Natural Language Supervision".  Facts that rewri
     vocabulary, since the ones in SD1.5's text_encoder/config.json belong to another;
   * the text is not cleaned up (ftfy): NFC, one space between words, lower case.
 """
-import json
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path

@@ -145,12 +145,10 @@ Recipe:
 """
 LICENCES = {  # (licence of what is uploaded, what its user must know)
     True: ("mit", "The backbone started from random weights: no Stable Diffusion in it."),
-    False: ("creativeml-openrail-m", "Fine-tuned from Stable Diffusion 1.x, whose CreativeML "
-            "OpenRAIL-M licence and use restrictions pass on to this model.  The data set has "
-            "terms of its own."),
+    False: ("creativeml-openrail-m", "Fine-tuned from pretrained weights.  Those of Stable "
+            "Diffusion 1.x are under the CreativeML OpenRAIL-M licence, whose use restrictions "
+            "pass on to this model.  The data set has terms of its own."),
 }
-
-
 PRIVATE = ("out", "files", "device", "init_from", "prompts")  # of a recipe: paths of the machine
 
 
