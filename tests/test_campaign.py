@@ -8,6 +8,16 @@ import campaign
 import campaign_kills as kills
 import numpy as np
 import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A forked process would wait for OpenMP threads that exist in its parent only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_no_corrupted_input_fails_or_is_wrongly_accepted(tmp_path):
