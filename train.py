@@ -1,6 +1,6 @@
 """Training: one run, in execution order.
 
-    python train.py --task seg                                       embedded scenes, tiny backbone
+    python train.py --task seg                                       embedded scenes, our own small backbone
     python train.py --task seg --dataset ade20k --data PATH          the paper's recipe on SD1.5
     python train.py --task seg --dataset folder --data PATH          your own images and masks
     python train.py --task depth                                     the same scenes, metres
@@ -39,7 +39,8 @@ from ops.errors import InputError, run_command
 from sets.files import UNREADABLE_SHARE
 from tasks import TASKS
 from tasks.flags import read_prompts, resolve
-from tasks.recipes import Recipe, lr_factor
+from tasks.recipes import Recipe, lr_factor, weights_of
+from vae import VAEEncoder
 from weights import checkpoint
 from weights.checkpoint import State
 from weights.runs import Log, RunFolder
@@ -145,18 +146,21 @@ def class_names(train_set) -> tuple[str, ...]:
 
 
 def build_model(recipe: Recipe, names: tuple[str, ...]) -> MetaPromptModel:
-    """A new model: on pretrained weights, on another run's, or from random ones (whose encoder is
-    trained, too).
-    """
+    """A new model: on pretrained weights, on another run's, or from random ones."""
     config = replace(recipe.model, num_classes=len(names), class_names=names)
     torch.manual_seed(recipe.seed)
     if recipe.init_from:
         model = second_stage(config, recipe.init_from)
-    elif config.train_encoder:
-        print("backbone   RANDOM weights (no Stable Diffusion): the VAE encoder is trained, too")
+    elif recipe.init == "random":
+        print("backbone   RANDOM weights: the VAE encoder is trained, too")
         model = MetaPromptModel(config)
+    elif recipe.init == "random-unet":
+        encoder = VAEEncoder.from_pretrained(weights_of(recipe))
+        unet = replace(config.unet, latent_channels=encoder.config.latent_channels)
+        model = MetaPromptModel(replace(config, unet=unet, vae=encoder.config), encoder)
+        print(f"backbone   RANDOM UNet; VAE encoder of {recipe.backbone}, frozen")
     else:
-        model = MetaPromptModel.from_stable_diffusion(config, recipe.backbone)
+        model = MetaPromptModel.from_stable_diffusion(config, weights_of(recipe))
         print(f"backbone   {recipe.backbone}: pretrained, VAE encoder frozen")
     if recipe.prompts:
         prompts = read_prompts(Path(recipe.prompts), model.config.unet.context_dim)

@@ -16,7 +16,7 @@ from ops.errors import InputError
 # What a setting may be, by its name, in whichever class: (least, most) of a number, of each number
 # of a tuple, or the words that are possible.
 LIMITS = {
-    "init": ("auto", "random"), "box": ("nyu", "garg", "eigen"),
+    "init": ("pretrained", "random-unet", "random"), "box": ("nyu", "garg", "eigen"),
     "schedule": ("poly", "two-phase", "step"), "precision": ("auto", "bfloat16", "float32"),
     "num_prompts": (1, 65536), "refine_steps": (1, 100), "latent_scale": (1e-6, 1e6),
     "num_classes": (0, 255), "head_channels": (1, 65536), "max_depth": (0.01, 1e5),
@@ -27,7 +27,7 @@ LIMITS = {
     "min_lr": (0, 10), "unet_lr_mult": (0, 1000), "muon_lr": (0, 10), "weight_decay": (0, 10),
     "warmup": (0, 10**9), "warmup_ratio": (0, 1), "clip": (0, 1e9), "crop": (32, 16384),
     "crop_width": (32, 16384), "seed": (0, 2**31 - 1), "workers": (0, 256), "log_every": (1, 10**9),
-    "eval_every": (1, 10**9), "save_every": (1, 10**9), "train_scenes": (1, 10**9),
+    "eval_every": (1, 10**9), "save_every": (1, 10**9), "train_scenes": (0, 10**9),
     "val_scenes": (1, 10**6), "depth_scale": (1e-3, 1e6), "scale": (32, 65536),
     "window": (32, 16384), "stride": (1, 16384), "ratios": (0.05, 20), "at_once": (1, 65536),
     "max_side": (0, 65536), "windows": (1, 1000), "max_depth_eval": (0.01, 1e5),

@@ -1,7 +1,7 @@
 """The embedded data set: rendered scenes (shapes.py) as samples of each task; no files.
 
-Training: new scenes in every epoch.  Validation: the same scenes in every run, out of training's
-reach.
+Training: new scenes without end, or --train-scenes of them, again in every epoch.  Validation: the
+same scenes in every run, out of training's reach.
 """
 import functools
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ COLOURS = ((128, 178, 255), (150, 140, 120), (230, 60, 60), (250, 200, 40), (60,
 # Degrees. Depth scenes have one camera, like NYU's and KITTI's: with a random field of view,
 # absolute scale is ambiguous, and an answer that is right but for that factor has a delta1 of 0.79.
 DEPTH_LENS = 57.0
+EPOCH = 20_000  # scenes per epoch, where they have no end
 VISIBLE_JOINTS = 6  # of a person that is worth training on
 SCENE_SIDE = 256  # pixels of a scene from which people are cropped
 SCENE_TRIES = 16  # scenes looked at for such a person; nearly all have one
@@ -29,7 +30,7 @@ SCENE_TRIES = 16  # scenes looked at for such a person; nearly all have one
 class Scenes:
     """Scenes with the class of every pixel."""
 
-    train_scenes: int = 20_000  # per epoch, new ones in each
+    train_scenes: int = 0  # with labels, the same in every epoch; 0: new ones without end
     val_scenes: int = 300  # to validate on
 
     def classes(self, names: tuple[str, ...] = ()) -> Classes:
@@ -38,11 +39,11 @@ class Scenes:
 
     def length(self, cut: Cut) -> int:
         """Scenes of a split."""
-        return self.train_scenes if cut.training else self.val_scenes
+        return (self.train_scenes or EPOCH) if cut.training else self.val_scenes
 
     def open(self, cut: Cut) -> "Shapes":
         """The split."""
-        return Shapes(self.length(cut), "seg", cut)
+        return Shapes(self.length(cut), "seg", cut, self.train_scenes > 0)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class DepthScenes(Scenes):
 
     def open(self, cut: Cut) -> "Shapes":
         """The split."""
-        return Shapes(self.length(cut), "depth", cut)
+        return Shapes(self.length(cut), "depth", cut, self.train_scenes > 0)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class PoseScenes(Scenes):
 
     def open(self, cut: Cut) -> "ShapesPose":
         """The split."""
-        return ShapesPose(self.length(cut), cut, self.augment)
+        return ShapesPose(self.length(cut), cut, self.augment, self.train_scenes > 0)
 
 
 def scene_seed(key: tuple[int, int], length: int, cut: Cut) -> int:
@@ -73,11 +74,17 @@ def scene_seed(key: tuple[int, int], length: int, cut: Cut) -> int:
     return cut.seed * VAL_SEED * 2 + epoch * length + index
 
 
+def endless(dataset) -> str:
+    """End of a summary line: whether an epoch's scenes come back."""
+    return ", new ones in every epoch" if dataset.cut.training and not dataset.again else ""
+
+
 class Shapes(Dataset):
     """Scenes as high and wide as the crop: labels for seg, metres for depth."""
 
-    def __init__(self, length: int, task: str, cut: Cut):
-        self.length, self.task, self.cut, self.scale = length, task, cut, cut.scale
+    def __init__(self, length: int, task: str, cut: Cut, again: bool = False):
+        self.length, self.task, self.again = length, task, again
+        self.cut, self.scale = cut, cut.scale
         self.classes = plain_classes(shapes.CLASSES, COLOURS)
 
     def __len__(self) -> int:
@@ -90,7 +97,7 @@ class Shapes(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Sample of key = (epoch, index)."""
-        seed = scene_seed(key, self.length, self.cut)
+        seed = scene_seed((0, key[1]) if self.again else key, self.length, self.cut)
         scene = shapes.render(seed, *self.cut.crop, DEPTH_LENS if self.task == "depth" else None)
         target = scene.label if self.task == "seg" else scene.depth  # metres; the sky has none: 0
         return to_sample(scene.image, target, f"scene {seed}")
@@ -98,7 +105,7 @@ class Shapes(Dataset):
     def check(self) -> str:
         """Summary line, like SegFiles.check."""
         return (f"{self.length} scenes of {self.cut.crop[1]}x{self.cut.crop[0]} pixels, rendered "
-                "on the fly")
+                f"on the fly{endless(self)}")
 
 
 def scenes_as_coco(scenes: list[shapes.Scene], names: list[str]) -> dict:
@@ -125,8 +132,8 @@ class ShapesPose(Dataset):
 
     boxes = GROUND_TRUTH
 
-    def __init__(self, length: int, cut: Cut, augmented: bool):
-        self.length, self.cut, self.augmented = length, cut, augmented
+    def __init__(self, length: int, cut: Cut, augmented: bool, again: bool = False):
+        self.length, self.again, self.cut, self.augmented = length, again, cut, augmented
 
     def __len__(self) -> int:
         return self.length if self.cut.training else len(self.rendered[2])
@@ -151,7 +158,7 @@ class ShapesPose(Dataset):
             images, _, people = self.rendered
             return make_sample(people, key[1], images[people.image[key[1]]], self.cut.crop)
         rng = np.random.default_rng([self.cut.seed, *key])
-        image, people = self.find_people(key)
+        image, people = self.find_people((0, key[1]) if self.again else key)
         person = int(rng.integers(len(people)))
         return make_sample(people, person, image, self.cut.crop, rng if self.augmented else None)
 
@@ -171,5 +178,6 @@ class ShapesPose(Dataset):
     def check(self) -> str:
         """Summary line, like CocoPose.check."""
         if self.cut.training:
-            return f"{self.length} scenes of {SCENE_SIDE}x{SCENE_SIDE} pixels, rendered on the fly"
+            return (f"{self.length} scenes of {SCENE_SIDE}x{SCENE_SIDE} pixels, rendered on the fly"
+                    f"{endless(self)}")
         return f"{len(self)} people in {self.length} scenes of {SCENE_SIDE}x{SCENE_SIDE} pixels"

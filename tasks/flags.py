@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ops.errors import InputError
 from ops.settings import checked, comments, leaves, with_leaves
-from tasks.recipes import RECIPES, Recipe, check, find_recipe, random_backbone, read_recipe, tiny
+from tasks.recipes import RECIPES, Recipe, check, find_recipe, read_recipe, tiny
 from weights.files import read_tensors
 
 FieldPath = tuple[str, ...]  # names of the fields that lead to a setting
@@ -191,7 +191,7 @@ def finish(recipe: Recipe, given: dict) -> Recipe:
     check(recipe)
     if recipe.prompts:
         recipe = with_prompts(recipe, given)
-    recipe = replace(recipe, model=replace(recipe.model, train_encoder=random_backbone(recipe)))
+    recipe = replace(recipe, model=replace(recipe.model, train_encoder=recipe.init == "random"))
     if getattr(recipe.protocol, "max_side", None) == 0:
         recipe = replace(recipe, protocol=replace(recipe.protocol, max_side=2 * recipe.crop))
     return replace(recipe, out=recipe.out or free_folder(f"runs/{recipe.task}-{recipe.dataset}"))
@@ -199,12 +199,13 @@ def finish(recipe: Recipe, given: dict) -> Recipe:
 
 def check_idle(recipe: Recipe, given: dict) -> None:
     """InputError for a given flag that another setting makes idle."""
-    pretrained = not random_backbone(recipe)
     widths = [name for name in given if name.startswith(("unet_c", "unet_g", "unet_la", "vae_"))]
+    of_encoder = [name for name in widths if name.startswith(("vae_", "unet_la"))]
     idle = [(("min_lr",), recipe.schedule != "two-phase", f"--schedule {recipe.schedule}"),
             (("warmup", "warmup_ratio"), recipe.schedule == "two-phase", "--schedule two-phase"),
             (("stride",), getattr(recipe.protocol, "window", 1) is None, "no --window"),
-            (widths, pretrained, "pretrained weights, whose files say the widths")]
+            (widths, recipe.init == "pretrained", "pretrained weights, whose files say the widths"),
+            (of_encoder, recipe.init == "random-unet", "a pretrained encoder, whose files say them")]
     for names, applies, why in idle:
         for name in names:
             if applies and name in given:

@@ -18,9 +18,7 @@ from sets.nyu_kitti import DepthFolder, Kitti, Nyu
 from tasks import depth, pose, seg
 from unet import UNetConfig
 from vae import VAEConfig
-from weights.files import SD15
-
-FULL_WIDTH = 640  # channels from which a backbone with random weights must be asked for
+from weights.files import SD15, TINY_SD
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class Recipe:
     model: Config = Config()  # what the model is
     protocol: object = seg.Protocol((2048, 512), 512, 341)  # how it is asked: of tasks/
 
-    backbone: str = SD15  # hub id, folder, .safetensors; "tiny": small, from random weights
-    init: str = "auto"  # "random": train a full-width backbone from random weights
+    backbone: str = SD15  # hub id, folder, .safetensors; "tiny": our own, weights/tiny-sd
+    init: str = "pretrained"  # "random-unet": its encoder only; "random": neither, both are trained
     init_from: str | None = None  # run to start from, for a second stage (Mapillary -> Cityscapes)
     prompts: str | None = None  # .safetensors of one tensor (N, D): fixed text embeddings (Table 5)
 
@@ -91,33 +89,29 @@ POSE = Recipe(  # paper A.3; what it leaves open: docs/DIFFERENCES.md
     weight_decay=0.1, warmup=500, warmup_ratio=1e-3, clip=1.0, crop=576, crop_width=448,
     eval_every=10 * 2341, save_every=2341)
 
-# What a tiny backbone from random weights gets instead: ours.  Cheap rather than good, and Muon,
-# without which its features collapse (ops/muon.py).
-TINY_UNET = UNetConfig((32, 32, 64, 64), layers=1, num_heads=1, context_dim=64, latent_channels=16,
+# Our own small Stable Diffusion (weights/tiny-sd), which the embedded scenes are trained on.
+TINY_UNET = UNetConfig((32, 64, 96, 96), layers=1, num_heads=2, context_dim=64, latent_channels=8,
                        groups=8)
-WIDE_UNET = replace(TINY_UNET, channels=(64, 64, 64, 64), latent_channels=32)
-TINY_VAE = VAEConfig((8, 16, 32, 64), layers=1, latent_channels=16, groups=8)
-WIDE_VAE = replace(TINY_VAE, latent_channels=32)
+TINY_VAE = VAEConfig((16, 32, 64, 64), layers=1, latent_channels=8, groups=8)
 
 
 def tiny(recipe: Recipe) -> Recipe:
-    """The recipe on a tiny backbone, for a CPU and an evening at most."""
-    model = replace(recipe.model, num_prompts=32, head_channels=32, refine_steps=2, unet=TINY_UNET,
-                    vae=TINY_VAE)
+    """The recipe on the tiny backbone, for a CPU and minutes; docs/RESULTS.md says how chosen."""
+    model = replace(recipe.model, num_prompts=32, head_channels=32, unet=TINY_UNET, vae=TINY_VAE)
     recipe = replace(recipe, backbone="tiny", model=model, iterations=600, batch=8, micro_batch=8,
-                     lr=5e-3, unet_lr_mult=0.15, muon_lr=0.02, weight_decay=1e-2, warmup=20,
+                     lr=5e-3, unet_lr_mult=0.3, weight_decay=1e-2, warmup=40,
                      crop=128, workers=0, gradient_checkpointing=False, log_every=10,
                      eval_every=300, save_every=300)
     if recipe.task == "seg":
         return replace(recipe, protocol=replace(recipe.protocol, scale=None))
-    model = replace(model, num_prompts=64, unet=WIDE_UNET, vae=WIDE_VAE)
     recipe = replace(recipe, batch=16, micro_batch=16, schedule="poly")
+    model = replace(model, num_prompts=64)
     if recipe.task == "depth":
         return replace(recipe, model=replace(model, max_depth=80.0, resize_scale=0),
                        iterations=1500, eval_every=500)
     model = replace(model, sigma=2.0, deconv_channels=(64,))
-    return replace(recipe, model=model, crop_width=128, clip=0.0, lr=1.5e-3, unet_lr_mult=1.0,
-                   iterations=500, eval_every=250, save_every=250)
+    return replace(recipe, model=model, crop_width=128, clip=0.0, iterations=500, eval_every=250,
+                   save_every=250)
 
 
 RECIPES = {
@@ -182,9 +176,9 @@ def lr_factor(step: int, recipe: Recipe) -> float:
     return factor
 
 
-def random_backbone(recipe: Recipe) -> bool:
-    """Whether the backbone starts from random weights, and its encoder is trained, too."""
-    return recipe.backbone == "tiny" or recipe.init == "random"
+def weights_of(recipe: Recipe) -> str:
+    """Where the backbone's pretrained weights are: a hub id or a path."""
+    return str(TINY_SD) if recipe.backbone == "tiny" else recipe.backbone
 
 
 def check(recipe: Recipe) -> None:
@@ -206,12 +200,7 @@ def check(recipe: Recipe) -> None:
                                                                 1):
         raise InputError(f"--min-depth-eval {recipe.protocol.min_depth_eval}: must be below "
                          f"--max-depth-eval {recipe.protocol.max_depth_eval}")
-    unet = recipe.model.unet
-    if recipe.backbone == "tiny" and max(unet.channels) >= FULL_WIDTH and recipe.init != "random":
-        raise InputError(f"--unet-channels {unet.channels} is a full-width backbone with random "
-                         "weights, which learns little: give --backbone SOURCE, or --init random "
-                         "if you mean it")
-    check_widths(unet, "--unet-")
+    check_widths(recipe.model.unet, "--unet-")
     check_widths(recipe.model.vae, "--vae-")
 
 

@@ -64,7 +64,7 @@ def test_the_variant_of_the_latent_scale(tmp_path):
 
 def test_variants_equal_to_the_baseline_are_left_out():
     """The baseline's own N and T are no variants; a name picks its own."""
-    for task, own in (("seg", ("prompts-32", "passes-2")), ("depth", ("prompts-64", "passes-2"))):
+    for task, own in (("seg", ("prompts-32", "passes-3")), ("depth", ("prompts-64", "passes-3"))):
         names = [v.name for v in ablate.choose(RECIPES[task, "shapes"], None)]
         assert names == [n for n in VARIANTS if n not in own]
     base = RECIPES["seg", "shapes"]

@@ -13,8 +13,27 @@ from safetensors.torch import load_file, save_file
 import train
 from model import MetaPromptModel
 from ops.errors import InputError
+from tasks.flags import resolve
 from tasks.recipes import read_recipe
 from weights import checkpoint
+from weights.files import TINY_SD
+
+
+# ------------------------------------------------------------------------------------------------
+# The backbone
+
+@pytest.mark.parametrize("init", ["pretrained", "random-unet"])
+def test_the_default_backbone_is_our_own_stable_diffusion(tmp_path, init):
+    """weights/tiny-sd, whose widths are the row's: its encoder, frozen, and with "pretrained" its
+    UNet, too."""
+    made = resolve(["--init", init, "--out", str(tmp_path / "r")])[0]
+    model = train.build_model(made, ("a", "b"))
+    assert (model.config.unet, model.config.vae) == (made.model.unet, made.model.vae)
+    assert not any(p.requires_grad for p in model.vae.parameters())
+    for part, own in (("vae", True), ("unet", init == "pretrained")):
+        tensors = load_file(TINY_SD / part / "diffusion_pytorch_model.safetensors")
+        found = getattr(model, part).state_dict()
+        assert all(torch.equal(v, tensors[k].float()) for k, v in found.items()) == own, part
 
 
 # ------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import train
 from ops import udp
 from ops.errors import run_command
 from sets import embedded, shapes
-from sets.embedded import VAL_SEED, Scenes, Shapes, ShapesPose, scene_seed
+from sets.embedded import (VAL_SEED, DepthScenes, PoseScenes, Scenes, Shapes, ShapesPose,
+                           scene_seed)
 from sets.files import Cut
 
 CROP = (64, 48)
@@ -85,6 +86,15 @@ def test_validation_is_never_trained_on():
     twice = len(seen) - len(set(seen))
     assert twice == 0
     assert len(seen) == 300 + 6 * 4 * 600 and min(seen) >= 0
+
+
+@pytest.mark.parametrize("kind", [Scenes, DepthScenes, PoseScenes])
+def test_a_number_of_scenes_comes_back_in_every_epoch(kind):
+    """--train-scenes 3 has the same three in each epoch; 0, the default, has new ones."""
+    few, many = kind(train_scenes=3).open(cut()), kind().open(cut())
+    assert len(few) == 3 and "new ones" not in few.check() and "new ones" in many.check()
+    assert torch.equal(few[0, 1]["image"], few[5, 1]["image"])
+    assert not torch.equal(many[0, 1]["image"], many[5, 1]["image"])
 
 
 def test_seed_changes_the_pictures():

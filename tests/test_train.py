@@ -396,7 +396,7 @@ def test_rates_are_finite_and_not_negative(tmp_path, flag, value):
 @pytest.mark.parametrize("flags", [
     ["--batch", "0"], ["--batch=-4"], ["--micro-batch=-1"], ["--workers", "-1"], ["--seed", "-1"],
     ["--seed", "1e20"], ["--crop", "0"], ["--unet-groups", "0"], ["--unet-num-heads", "0"],
-    ["--unet-layers", "10000"], ["--dropout", "2"], ["--train-scenes", "0"], ["--val-scenes", "0"],
+    ["--unet-layers", "10000"], ["--dropout", "2"], ["--train-scenes", "-1"], ["--val-scenes", "0"],
     ["--task", "depth", "--max-depth", "-5"], ["--task", "depth", "--max-depth", "0"],
     ["--task", "pose", "--sigma", "0"], ["--prompts", ""], ["--init-from", ""], ["--resume", ""],
     ["--device", "mps"], ["--device", "meta"], ["--data", "X"], ["--train-json", "X"],

@@ -144,7 +144,8 @@ Recipe:
 ```
 """
 LICENCES = {  # (licence of what is uploaded, what its user must know)
-    True: ("mit", "The backbone started from random weights: no Stable Diffusion in it."),
+    True: ("mit", "The backbone started from random weights or from the small model that was "
+           "pretrained here: nothing of Stable Diffusion's weights is in it."),
     False: ("creativeml-openrail-m", "Fine-tuned from pretrained weights.  Those of Stable "
             "Diffusion 1.x are under the CreativeML OpenRAIL-M licence, whose use restrictions "
             "pass on to this model.  The data set has terms of its own."),

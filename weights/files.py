@@ -23,6 +23,7 @@ from ops.settings import checked
 from weights.ldm import hf_name, modern_vae_attention
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # runwayml's repository is gone
+TINY_SD = Path(__file__).parent / "tiny-sd"  # pretrained by tools/pretrain.py
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 LDM_PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of weights
