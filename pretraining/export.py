@@ -46,7 +46,7 @@ It was pretrained for tests of perception with diffusion models, not to make pic
   each with mean 0 and standard deviation 1, so `scaling_factor` is 1.
 * **Diffusion**: {images:,} images seen in {steps:,} steps of {batch}, {hours:.1f} hours of one core
   of a shared CPU; averaged weights.  Held-out loss {held_out:.4f}; by quarter of t: {quarters};
-  with other scenes' captions {wrong_captions:.4f}.
+  with other scenes' captions {wrong_captions:.4f}.{start}
 * **Seed**: {seed}.  **Licence**: MIT.
 
 Made by `python -m tools.pretrain autoencoder`, then `diffusion`, with
@@ -54,6 +54,12 @@ Made by `python -m tools.pretrain autoencoder`, then `diffusion`, with
 {settings}
 ```
 """
+
+
+START = """
+* **Started from** {start} and its autoencoder, in place of random weights: {before:,} images seen
+  there, in addition to the above."""
+PLACES = ("out", "start", "export")  # of the settings: paths of the machine
 
 
 def unet_config(settings: dict) -> dict:
@@ -92,9 +98,11 @@ def text_config(encoder, tokenizer: Tokenizer) -> dict:
 
 
 def write_card(path: Path, settings: dict, parameters: int, metrics: list[dict]) -> None:
-    """README.md: data, compute, figures, seed, command."""
+    """README.md: data, compute, figures, seed, command; what is the machine's own is left out."""
     vae = [line for line in metrics if line["stage"] == "vae"][-1]
     lines = [line for line in metrics if line["stage"] == "diffusion"]
+    lines = list({line["step"]: line for line in lines
+                  if line["step"] <= lines[-1]["step"]}.values())  # of a run begun again, the last
     last = {**lines[-1], "steps": lines[-1]["step"], "psnr": vae["psnr"],
             "hours": sum(line["seconds"] for line in lines) / 3600,
             "quarters": ", ".join(f"{value:.3f}" for value in lines[-1]["quarters"])}
@@ -103,7 +111,9 @@ def write_card(path: Path, settings: dict, parameters: int, metrics: list[dict])
                "wrong_captions")
     card = CARD.format(**{name: settings[name] for name in names},
                        **{name: last[name] for name in figures}, millions=parameters / 1e6,
-                       settings=json.dumps(settings, indent=2))
+                       start=START.format(**vae) if "start" in vae else "",
+                       settings=json.dumps({name: value for name, value in settings.items()
+                                            if name not in PLACES}, indent=2))
     path.write_text(card, encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from oracles import ROUNDING, diffusers_vae, randomise, relative_error
 from safetensors.torch import load_file
 
 from ops.errors import InputError
-from pretraining import diffusion
+from pretraining import diffusion, start
 from pretraining.decoder import Autoencoder
 from sets.embedded import VAL_SEED
 from tools import pretrain
@@ -166,6 +166,59 @@ def test_flags_are_the_settings():
         pretrain.parse(["cache", "--vae-channels", "20", "32", "64", "64"])
     with pytest.raises(InputError, match="size 100 must be a multiple of 64"):
         pretrain.parse(["cache", "--size", "100"])
+
+
+# ------------------------------------------------------------------------------------------------
+# A run that starts from an exported model
+
+def test_a_run_starts_from_an_exported_model(run, tmp_path):
+    """Autoencoder, tokenizer, model and averaged twin are the folder's; the card says so and counts
+    the images of both runs; a second start adds up; what is begun needs the folder no more."""
+    begun = toy(tmp_path / "a", start=str(run / "tiny-sd"))
+    pretrain.make_cache(begun)
+    stored = load_file(run / "tiny-sd" / "vae" / "diffusion_pytorch_model.safetensors")
+    ours = load_file(tmp_path / "a" / "vae.safetensors")
+    assert all(torch.equal(ours[name], tensor.float()) for name, tensor in stored.items())
+    words = (run / "tiny-sd" / "tokenizer" / "vocab.json").read_text()
+    assert (tmp_path / "a" / "tokenizer" / "vocab.json").read_text() == words
+    line, = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").open()]
+    assert (line["stage"], line["start"], line["before"]) == ("vae", "tiny-sd", 16)
+    assert line["psnr"] > 0
+
+    small = replace(begun, steps=2, lr=1e-12, muon_lr=0.0)       # the weights hardly move
+    pretrain.train_diffusion(small)
+    state = load_file(tmp_path / "a" / "diffusion.safetensors")
+    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        for key, tensor in load_file(run / "tiny-sd" / part / f"{name}.safetensors").items():
+            for twin in ("model", "averaged"):
+                assert torch.allclose(state[f"{twin}:{part}.{key}"], tensor.float(), atol=1e-6)
+    card = " ".join((tmp_path / "a" / "tiny-sd" / "README.md").read_text().split())
+    assert "8 images seen in 2 steps of 4" in card and str(tmp_path) not in card
+    assert "**Started from** tiny-sd" in card and "16 images seen there" in card
+    assert start.images_seen(str(tmp_path / "a" / "tiny-sd")) == 24
+    pretrain.train_diffusion(replace(small, steps=3, start="gone"))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"unet_channels": (32, 32, 32, 32)}, "/unet: channels is .16, 16, 32, 32., of this run .32"),
+    ({"vae_channels": (8, 8, 8, 8)}, "/vae: channels is"), ({"heads": 1}, "/unet: num_heads is 2"),
+    ({"latent_channels": 4}, "/vae: latent_channels is 8, of this run 4"),
+    ({"text_layers": 2}, "/text_encoder: num_hidden_layers is 1, of this run 2"),
+    ({"tokens": 16}, "model_max_length is 32"), ({"start": "nowhere"}, "nowhere is no folder")])
+def test_a_model_of_other_sizes_is_no_start(run, tmp_path, changes, message):
+    """One line names the part and its size, before anything is written."""
+    settings = replace(toy(tmp_path / "a", start=str(run / "tiny-sd")), **changes)
+    with pytest.raises(InputError, match=message):
+        pretrain.make_cache(settings)
+    assert not (tmp_path / "a" / "tokenizer").exists()
+    assert not (tmp_path / "a" / "vae.safetensors").exists()
+
+
+def test_a_start_leaves_no_autoencoder_to_train(run, tmp_path):
+    """The stage `autoencoder` is refused."""
+    with pytest.raises(InputError, match="^--start: .* nothing is left to train"):
+        pretrain.main(["autoencoder", "--start", str(run / "tiny-sd"), "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

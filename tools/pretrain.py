@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,8 @@ from pretraining.bpe import save_tokenizer
 from pretraining.decoder import Autoencoder, autoencoder_loss
 from pretraining.diffusion import TIMESTEPS, Denoiser, add_noise, average_weights, sample
 from pretraining.export import export
+from pretraining.settings import Settings
+from pretraining.start import images_seen, start_autoencoder, start_denoiser, start_tokenizer
 from pretraining.state import load_state, save_state, write_tensors
 from sets.captions import captions
 from sets.embedded import VAL_SEED
@@ -43,62 +45,6 @@ from weights.checkpoint import write_json
 # VAL_SEED + index.  From 3 VAL_SEED on for one VAL_SEED, neither has any.
 FIRST_SCENE = 3 * VAL_SEED
 HELD_OUT = FIRST_SCENE + VAL_SEED // 2  # first scene for this file's own figures
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a run is made of; each field is a flag."""
-
-    out: str = "runs/tiny-sd"  # folder of the run
-    seed: int = 0  # of weights, order and noise; the scenes are the same for all seeds
-    size: int = 128  # pixels; side of the scenes
-    # Autoencoder
-    vae_channels: tuple[int, ...] = (16, 32, 64, 64)  # levels 1/1, 1/2, 1/4, 1/8
-    latent_channels: int = 8  # 4 in Stable Diffusion
-    vae_scenes: int = 8192  # rendered at the start and kept in memory
-    crop: int = 64  # pixels; side of the crops that the autoencoder is trained on
-    vae_batch: int = 16  # crops per step
-    vae_steps: int = 4000  # the last `decay` share of them with a falling rate
-    kl: float = 1e-6  # weight of the latents' divergence from N(0, 1), per latent value
-    gradients: float = 1.0  # weight of the L1 error of differences between neighbouring pixels
-    # Latents and captions, made once
-    scenes: int = 61440  # rendered and encoded; `cache` may still be at work in `diffusion`
-    shard: int = 2048  # scenes per file; the tokenizer is learnt from the first one's captions
-    captions: int = 4  # per scene
-    held_out: int = 512  # scenes for the figures
-    tokens: int = 32  # per caption, start and end counted; 77 in Stable Diffusion
-    merges: int = 1000  # of the tokenizer, at most
-    # Diffusion
-    unet_channels: tuple[int, ...] = (32, 64, 96, 96)  # 1/8 to 1/64; c0 a multiple of 16
-    heads: int = 2  # at every level; 8 in Stable Diffusion
-    width: int = 64  # of the text encoder, and so of what cross-attention reads
-    text_layers: int = 2  # 12 in Stable Diffusion
-    batch: int = 48  # latents per step; from 32 to 64 the optimiser's share of time halves
-    steps: int = 100_000  # the last `decay` share of them with a falling rate
-    drop: float = 0.1  # share of captions replaced by the empty one, for guidance
-    average: float = 0.9995  # share of the averaged weights that stays in a step
-    guidance: float = 3.0  # of samples: 1 is none
-    sample_steps: int = 25  # of DDIM
-    prompt: str = "two balls and a cone"  # of `sample`
-    export: str = "weights/tiny-sd"  # folder of the exported model
-    # Shared by both networks
-    groups: int = 8  # of every GroupNorm; 32 in Stable Diffusion
-    layers: int = 1  # residual blocks per level; 2 in Stable Diffusion
-    muon_lr: float = 0.02  # of the matrices
-    lr: float = 2e-3  # AdamW, of norms, biases and embeddings
-    warmup: int = 100  # steps until the full rate
-    decay: float = 0.3  # last share of the steps, in which the rate falls to 0
-    # Habits
-    save_every: int = 500  # steps between checkpoints, metrics and pictures
-
-    def __post_init__(self):
-        if self.size % 64 or not 16 <= self.crop <= self.size or self.crop % 8:
-            raise InputError(f"size {self.size} must be a multiple of 64, and crop {self.crop} one "
-                             "of 8 from 16 to it")
-        for width in (*self.vae_channels, *self.unet_channels):
-            if width % self.groups or width % self.heads:
-                raise InputError(f"width {width} must be a multiple of groups {self.groups} and "
-                                 f"heads {self.heads}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -228,13 +174,29 @@ def finish_autoencoder(settings: Settings, model: Autoencoder, images: Tensor) -
 # Latents and captions
 
 def load_autoencoder(settings: Settings) -> Autoencoder:
-    """RUN/vae.safetensors, frozen."""
+    """RUN/vae.safetensors, frozen; of a new run with `start`, that folder's."""
     path = Path(settings.out) / "vae.safetensors"
+    if settings.start and not path.exists():
+        take_over(settings)
     if not path.exists():
         raise InputError(f"{path} does not exist: run `python -m tools.pretrain autoencoder` first")
     model = make_autoencoder(settings)
     model.load_state_dict(load_file(path))
     return model.requires_grad_(False).eval()
+
+
+def take_over(settings: Settings) -> None:
+    """Begin a run with the autoencoder and tokenizer of `start`; its networks are only checked."""
+    model, run = make_autoencoder(settings), Path(settings.out)
+    if list(run.glob("latents/*.safetensors")):
+        raise InputError(f"{run}/latents are of another autoencoder: delete them, or give another "
+                         "--out")
+    start_autoencoder(settings.start, model)
+    start_denoiser(settings.start, make_denoiser(settings, settings.start)[0])
+    start_tokenizer(settings.start, run)
+    log(settings, stage="vae", start=Path(settings.start).name, before=images_seen(settings.start),
+        **judge_autoencoder(model, scenes(settings, HELD_OUT, 256)[0])[0])
+    write_tensors(run / "vae.safetensors", model.state_dict())   # last: the run has begun
 
 
 @torch.no_grad()
@@ -309,17 +271,19 @@ def judge_diffusion(model: Denoiser, latents: Tensor, ids: Tensor) -> dict:
             "wrong_captions": losses[1].mean().item()}
 
 
-def make_denoiser(settings: Settings) -> tuple[Denoiser, Denoiser, Tokenizer]:
-    """Untrained model, its averaged twin, and the tokenizer of the cached captions."""
-    tokenizer = Tokenizer.from_pretrained(settings.out)
+def make_denoiser(settings: Settings, folder: str) -> tuple[Denoiser, Tokenizer]:
+    """Untrained model for the tokenizer of a folder, and that tokenizer."""
+    tokenizer = Tokenizer.from_pretrained(folder)
+    if tokenizer.length != settings.tokens:
+        raise InputError(f"{folder}/tokenizer: model_max_length is {tokenizer.length}, --tokens "
+                         f"{settings.tokens}")
     torch.manual_seed(settings.seed)
     unet = UNet(UNetConfig(settings.unet_channels, settings.layers, settings.heads, settings.width,
                            settings.latent_channels, settings.groups))
     text_encoder = TextEncoder(TextConfig(
         len(tokenizer.vocabulary), settings.width, 4 * settings.width, settings.text_layers,
         settings.heads, settings.tokens))
-    model = Denoiser(unet, text_encoder)
-    return model, deepcopy(model).requires_grad_(False), tokenizer
+    return Denoiser(unet, text_encoder), tokenizer
 
 
 def train_diffusion(settings: Settings) -> None:
@@ -328,7 +292,10 @@ def train_diffusion(settings: Settings) -> None:
     if not list(run.glob("latents/0*.safetensors")):
         make_cache(settings)
     latents, ids = load_cache(settings)
-    model, averaged, tokenizer = make_denoiser(settings)
+    model, tokenizer = make_denoiser(settings, settings.out)
+    if settings.start and not (run / "diffusion.safetensors").exists():
+        start_denoiser(settings.start, model)
+    averaged = deepcopy(model).requires_grad_(False)
     optimizer = optimizer_of(settings, model)
     parts = {"model": model, "averaged": averaged}
     done = load_state(run / "diffusion.safetensors", parts, optimizer)
@@ -342,7 +309,8 @@ def train_diffusion(settings: Settings) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        average_weights(averaged, model, min(settings.average, (step + 1) / (step + 10)))
+        fresh = 1.0 if settings.start else (step + 1) / (step + 10)  # random weights are forgotten
+        average_weights(averaged, model, min(settings.average, fresh))
         losses.append(loss.item())
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             save_state(run / "diffusion.safetensors", step + 1, parts, optimizer)
@@ -389,9 +357,9 @@ def draw(settings: Settings, path: Path, prompts: list[str], model: Denoiser, va
 def load_run(settings: Settings) -> tuple[Denoiser, Autoencoder, Tokenizer]:
     """The averaged model, the autoencoder and the tokenizer of a run."""
     vae = load_autoencoder(settings)
-    model, averaged, tokenizer = make_denoiser(settings)
+    averaged, tokenizer = make_denoiser(settings, settings.out)
     path = Path(settings.out) / "diffusion.safetensors"
-    if not load_state(path, {"model": model, "averaged": averaged}):
+    if not load_state(path, {"averaged": averaged}):
         raise InputError(f"{path} does not exist: run `python -m tools.pretrain diffusion` first")
     return averaged, vae, tokenizer
 
@@ -437,6 +405,9 @@ def parse(arguments: list[str] | None) -> tuple[str, Settings]:
 def main(arguments: list[str] | None = None) -> None:
     """Run one stage."""
     stage, settings = parse(arguments)
+    if settings.start and stage == "autoencoder":
+        raise InputError("--start: the autoencoder is that folder's, nothing is left to train: run "
+                         "`cache` or `diffusion`")
     if (Path(settings.out) / "recipe.json").exists():
         raise InputError(f"--out {settings.out} holds a run of train.py")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
