@@ -29,6 +29,7 @@ INDEX = {
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
 }
+PARTS = ("README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 CARD = """---
 license: mit
 library_name: diffusers
@@ -97,10 +98,11 @@ def text_config(encoder, tokenizer: Tokenizer) -> dict:
             "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end}
 
 
-def write_card(path: Path, settings: dict, parameters: int, metrics: list[dict]) -> None:
-    """README.md: data, compute, figures, seed, command; what is the machine's own is left out."""
-    vae = [line for line in metrics if line["stage"] == "vae"][-1]
-    lines = [line for line in metrics if line["stage"] == "diffusion"]
+def write_card(path: Path, settings: dict, parameters: int, vae: dict, lines: list[dict]) -> None:
+    """README.md: data, compute, figures, seed, command; what is the machine's own is left out.
+
+    vae, lines: of metrics.jsonl, the last one of the autoencoder and those of `diffusion`.
+    """
     lines = list({line["step"]: line for line in lines
                   if line["step"] <= lines[-1]["step"]}.values())  # of a run begun again, the last
     last = {**lines[-1], "steps": lines[-1]["step"], "psnr": vae["psnr"],
@@ -117,16 +119,26 @@ def write_card(path: Path, settings: dict, parameters: int, metrics: list[dict])
     path.write_text(card, encoding="utf-8")
 
 
+def check_place(folder: Path) -> None:
+    """InputError if what lies where a model is to be exported is more than an exported model."""
+    if not folder.exists():
+        return
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"--export {folder} is there and no exported model: it is not replaced")
+    for path in sorted(folder.iterdir()):
+        if path.name not in PARTS:
+            raise InputError(f"--export {folder} would be replaced, and {path} lost: move it away")
+
+
 def export(folder: Path, settings: dict, unet: nn.Module, vae: nn.Module, text_encoder: nn.Module,
-           tokenizer: Path, metrics: list[dict]) -> None:
+           tokenizer: Path, vae_line: dict, lines: list[dict]) -> None:
     """Write the whole folder beside its place, then put it there.
 
-    settings: of tools/pretrain.py; tokenizer: a folder with vocab.json and merges.txt; metrics: the
-    lines of metrics.jsonl.
+    settings: of tools/pretrain.py; tokenizer: a folder with vocab.json and merges.txt; vae_line,
+    lines: see `write_card`.
     """
     new, old = (folder.with_name(folder.name + end) for end in (".export-new", ".export-old"))
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder} is there and no exported model: it is not replaced")
+    check_place(folder)
     remove(new)
     words = Tokenizer.from_pretrained(str(tokenizer.parent))
     for part in ("scheduler", "unet", "vae", "text_encoder"):
@@ -143,7 +155,7 @@ def export(folder: Path, settings: dict, unet: nn.Module, vae: nn.Module, text_e
         parameters += sum(t.numel() for t in tensors.values())
         name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         save_file(tensors, new / part / f"{name}.safetensors", {"format": "pt"})
-    write_card(new / "README.md", settings, parameters, metrics)
+    write_card(new / "README.md", settings, parameters, vae_line, lines)
     remove(old)
     if folder.exists():
         os.rename(folder, old)

@@ -1,7 +1,10 @@
 """What a pretraining run is made of."""
+import typing
 from dataclasses import dataclass
+from pathlib import Path
 
-from ops.errors import InputError
+from ops.errors import InputError, read_object
+from ops.settings import checked
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,43 @@ class Settings:
     save_every: int = 500  # steps between checkpoints, metrics and pictures
 
     def __post_init__(self):
+        for name, hint in typing.get_type_hints(Settings).items():
+            checked(hint, getattr(self, name), flag(name), name)
         if self.size % 64 or not 16 <= self.crop <= self.size or self.crop % 8:
-            raise InputError(f"size {self.size} must be a multiple of 64, and crop {self.crop} one "
-                             "of 8 from 16 to it")
-        for width in (*self.vae_channels, *self.unet_channels):
-            if width % self.groups or width % self.heads:
-                raise InputError(f"width {width} must be a multiple of groups {self.groups} and "
-                                 f"heads {self.heads}")
+            raise InputError(f"--size {self.size} must be a multiple of 64, and --crop {self.crop} "
+                             "one of 8 up to it")
+        for name, divisor in (("vae_channels", "groups"), ("unet_channels", "groups"),
+                              ("unet_channels", "heads"), ("width", "heads")):
+            check_multiples(self, name, divisor)
+        if self.width % 16 or self.unet_channels[0] % 16:
+            raise InputError(f"--width {self.width}, --unet-channels {self.unet_channels}: the "
+                             "width and the first of the channels are multiples of 16")
+
+
+# What the files of a run were made of: the rest, rates and habits, may change between commands.
+FIXED = ("start", "seed", "size", "vae_channels", "latent_channels", "shard", "captions",
+         "held_out", "tokens", "merges", "unet_channels", "heads", "width", "text_layers", "batch",
+         "groups", "layers")
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def check_multiples(settings: Settings, name: str, divisor: str) -> None:
+    """InputError unless a width, or the four of them, are multiples of the field `divisor`."""
+    widths, number = getattr(settings, name), getattr(settings, divisor)
+    widths, four = (widths, "four ") if isinstance(widths, tuple) else ((widths,) * 4, "")
+    if len(widths) != 4 or any(width % number for width in widths):
+        raise InputError(f"{flag(name)} {getattr(settings, name)}: {four}multiples of "
+                         f"{flag(divisor)} {number}")
+
+
+def check_same(settings: Settings, path: Path) -> None:
+    """InputError if `path`, the settings.json of a run, has another value of what is FIXED."""
+    for name, old in (read_object(path) if path.exists() else {}).items():
+        old = tuple(old) if isinstance(old, list) else old
+        if name in FIXED and old != getattr(settings, name):
+            raise InputError(f"{path} has {name} {old}, this command {getattr(settings, name)}: "
+                             f"give the same {flag(name)}, or another --out")
