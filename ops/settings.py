@@ -40,6 +40,8 @@ LIMITS = {
     "held_out": (4, 10**6), "tokens": (3, 1024), "merges": (0, 10**6), "heads": (1, 1024),
     "width": (1, 65536), "text_layers": (1, 100), "steps": (1, 10**9), "drop": (0, 1),
     "average": (0, 0.999999), "guidance": (0, 1000), "sample_steps": (1, 999), "decay": (0, 1),
+    # of single commands
+    "seeds": (1, 1000),
 }
 LINE = re.compile(r"    (\w+): .*?(?:  # (.*))?$")  # of a field: its name and its comment
 
