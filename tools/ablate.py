@@ -74,11 +74,12 @@ FROM_DATA = ("class_names", "num_classes")  # known when the data set has been o
 
 def main() -> None:
     """Run what is missing, seed by seed; write and print the table."""
-    own = Parser("")
-    own.add_argument("--seeds", type=int, default=3)
-    own.add_argument("--variants", nargs="+")
+    own = Parser(__doc__)
+    own.add_argument("--seeds", type=int, default=3, metavar="K",
+                     help="runs of each variant: --seed, --seed + 1, ... [3]")
+    own.add_argument("--variants", nargs="+", metavar="NAME", help="beside the baseline [all]")
     args, rest = own.parse_known_args(sys.argv[1:])
-    base, resumed = resolve(rest, __doc__)
+    base, resumed = resolve(rest)
     if resumed or base.prompts or base.init_from or parallel.world() > 1:
         raise InputError("an ablation starts anew, has prompts of its own and is one process: "
                          "leave out --resume, --prompts, --init-from and torchrun")
