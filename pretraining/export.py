@@ -50,7 +50,7 @@ It was pretrained for tests of perception with diffusion models, not to make pic
   with other scenes' captions {wrong_captions:.4f}.{start}
 * **Seed**: {seed}.  **Licence**: MIT.
 
-Made by `python -m tools.pretrain autoencoder`, then `diffusion`, with
+Made by `python -m tools.pretrain {command}`, with
 ```json
 {settings}
 ```
@@ -114,6 +114,8 @@ def write_card(path: Path, settings: dict, parameters: int, vae: dict, lines: li
     card = CARD.format(**{name: settings[name] for name in names},
                        **{name: last[name] for name in figures}, millions=parameters / 1e6,
                        start=START.format(**vae) if "start" in vae else "",
+                       command="diffusion --start FOLDER" if "start" in vae else
+                       "autoencoder`, then `diffusion",
                        settings=json.dumps({name: value for name, value in settings.items()
                                             if name not in PLACES}, indent=2))
     path.write_text(card, encoding="utf-8")
