@@ -33,6 +33,15 @@ LIMITS = {
     "max_side": (0, 65536), "windows": (1, 1000), "max_depth_eval": (0.01, 1e5),
     "min_depth_eval": (0, 1e5), "units": (0.01, 65535), "nms": (0, 1), "step": (0, 10**9),
     "evaluated": (0, 10**9),
+    # of pretraining
+    "size": (64, 4096), "vae_channels": (1, 65536), "unet_channels": (1, 65536),
+    "vae_scenes": (1, 10**6), "vae_batch": (1, 10**6), "vae_steps": (1, 10**9), "kl": (0, 1000),
+    "gradients": (0, 1000), "scenes": (1, 10**8), "shard": (1, 10**6), "captions": (1, 100),
+    "held_out": (4, 10**6), "tokens": (3, 1024), "merges": (0, 10**6), "heads": (1, 1024),
+    "width": (1, 65536), "text_layers": (1, 100), "steps": (1, 10**9), "drop": (0, 1),
+    "average": (0, 0.999999), "guidance": (0, 1000), "sample_steps": (1, 999), "decay": (0, 1),
+    # of single commands
+    "seeds": (1, 1000),
 }
 LINE = re.compile(r"    (\w+): .*?(?:  # (.*))?$")  # of a field: its name and its comment
 

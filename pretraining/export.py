@@ -29,6 +29,7 @@ INDEX = {
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
 }
+PARTS = ("README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 CARD = """---
 license: mit
 library_name: diffusers
@@ -46,14 +47,20 @@ It was pretrained for tests of perception with diffusion models, not to make pic
   each with mean 0 and standard deviation 1, so `scaling_factor` is 1.
 * **Diffusion**: {images:,} images seen in {steps:,} steps of {batch}, {hours:.1f} hours of one core
   of a shared CPU; averaged weights.  Held-out loss {held_out:.4f}; by quarter of t: {quarters};
-  with other scenes' captions {wrong_captions:.4f}.
+  with other scenes' captions {wrong_captions:.4f}.{start}
 * **Seed**: {seed}.  **Licence**: MIT.
 
-Made by `python -m tools.pretrain autoencoder`, then `diffusion`, with
+Made by `python -m tools.pretrain {command}`, with
 ```json
 {settings}
 ```
 """
+
+
+START = """
+* **Started from** {start} and its autoencoder, in place of random weights: {before:,} images seen
+  there, in addition to the above."""
+PLACES = ("out", "start", "export")  # of the settings: paths of the machine
 
 
 def unet_config(settings: dict) -> dict:
@@ -91,10 +98,13 @@ def text_config(encoder, tokenizer: Tokenizer) -> dict:
             "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end}
 
 
-def write_card(path: Path, settings: dict, parameters: int, metrics: list[dict]) -> None:
-    """README.md: data, compute, figures, seed, command."""
-    vae = [line for line in metrics if line["stage"] == "vae"][-1]
-    lines = [line for line in metrics if line["stage"] == "diffusion"]
+def write_card(path: Path, settings: dict, parameters: int, vae: dict, lines: list[dict]) -> None:
+    """README.md: data, compute, figures, seed, command; what is the machine's own is left out.
+
+    vae, lines: of metrics.jsonl, the last one of the autoencoder and those of `diffusion`.
+    """
+    lines = list({line["step"]: line for line in lines
+                  if line["step"] <= lines[-1]["step"]}.values())  # of a run begun again, the last
     last = {**lines[-1], "steps": lines[-1]["step"], "psnr": vae["psnr"],
             "hours": sum(line["seconds"] for line in lines) / 3600,
             "quarters": ", ".join(f"{value:.3f}" for value in lines[-1]["quarters"])}
@@ -103,20 +113,34 @@ def write_card(path: Path, settings: dict, parameters: int, metrics: list[dict])
                "wrong_captions")
     card = CARD.format(**{name: settings[name] for name in names},
                        **{name: last[name] for name in figures}, millions=parameters / 1e6,
-                       settings=json.dumps(settings, indent=2))
+                       start=START.format(**vae) if "start" in vae else "",
+                       command="diffusion --start FOLDER" if "start" in vae else
+                       "autoencoder`, then `diffusion",
+                       settings=json.dumps({name: value for name, value in settings.items()
+                                            if name not in PLACES}, indent=2))
     path.write_text(card, encoding="utf-8")
 
 
+def check_place(folder: Path) -> None:
+    """InputError if what lies where a model is to be exported is more than an exported model."""
+    if not folder.exists():
+        return
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"--export {folder} is there and no exported model: it is not replaced")
+    for path in sorted(folder.iterdir()):
+        if path.name not in PARTS:
+            raise InputError(f"--export {folder} would be replaced, and {path} lost: move it away")
+
+
 def export(folder: Path, settings: dict, unet: nn.Module, vae: nn.Module, text_encoder: nn.Module,
-           tokenizer: Path, metrics: list[dict]) -> None:
+           tokenizer: Path, vae_line: dict, lines: list[dict]) -> None:
     """Write the whole folder beside its place, then put it there.
 
-    settings: of tools/pretrain.py; tokenizer: a folder with vocab.json and merges.txt; metrics: the
-    lines of metrics.jsonl.
+    settings: of tools/pretrain.py; tokenizer: a folder with vocab.json and merges.txt; vae_line,
+    lines: see `write_card`.
     """
     new, old = (folder.with_name(folder.name + end) for end in (".export-new", ".export-old"))
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder} is there and no exported model: it is not replaced")
+    check_place(folder)
     remove(new)
     words = Tokenizer.from_pretrained(str(tokenizer.parent))
     for part in ("scheduler", "unet", "vae", "text_encoder"):
@@ -133,7 +157,7 @@ def export(folder: Path, settings: dict, unet: nn.Module, vae: nn.Module, text_e
         parameters += sum(t.numel() for t in tensors.values())
         name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         save_file(tensors, new / part / f"{name}.safetensors", {"format": "pt"})
-    write_card(new / "README.md", settings, parameters, metrics)
+    write_card(new / "README.md", settings, parameters, vae_line, lines)
     remove(old)
     if folder.exists():
         os.rename(folder, old)

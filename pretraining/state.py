@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -33,12 +33,19 @@ def save_state(path: Path, step: int, modules: dict[str, nn.Module],
 
 def load_state(path: Path, modules: dict[str, nn.Module],
                optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Fill modules (and the optimiser) from a checkpoint; returns the steps done, 0 without one."""
+    """Fill modules (and the optimiser) from a checkpoint; returns the steps done, 0 without one.
+
+    InputError if it is damaged or of other sizes.
+    """
     if not path.exists():
         return 0
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        step = int(file.metadata()["step"])
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            step = int(file.metadata()["step"])
+    except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete it to begin its stage again"
+                         ) from None
     for part, module in modules.items():
         start = part + ":"
         own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}

@@ -119,6 +119,7 @@ class FakeTrain:
         self.calls.append((Path(made.out).name, resume))
         if "passes-1" in made.out:
             raise FloatingPointError("the loss is nan at step 0; the images: scene 7")
+        (Path(made.out) / "recipe.json").write_text(json.dumps(asdict(made)))
         record = {"step": made.iterations, self.metric: 0.2 + 0.1 * made.seed}
         (Path(made.out) / "metrics.jsonl").write_text(json.dumps(record) + "\n")
         return {"steps": made.iterations}
@@ -142,6 +143,8 @@ def test_an_interrupted_ablation_goes_on(tmp_path, monkeypatch):
         (root / name).mkdir(parents=True)
         line = json.dumps({"step": last_step, "mIoU": 0.1}) + "\n"
         (root / name / "metrics.jsonl").write_text(line + '{"step": 3, "mIo')  # killed here
+        (root / name / "recipe.json").write_text(json.dumps(asdict(
+            ablate.run_recipe(base, VARIANTS[name.removesuffix("-seed0")], 0))))
     (root / "latent-scale-seed0" / "last").mkdir()
     (root / "latent-scale-seed0" / "last" / "state.json").write_text("{}")
     monkeypatch.setattr(ablate, "train", fake)
@@ -165,6 +168,37 @@ def test_mean_spread_and_difference(tmp_path, monkeypatch, capsys):
     assert one["mean"] is None and one["difference"] is None and one["diverged"] == [0, 1, 2]
     assert "0/3, 3 diverged" in capsys.readouterr().out
     assert "scene 7" in (tmp_path / "r" / "passes-1-seed0" / "log.txt").read_text()
+
+
+def test_the_table_holds_what_earlier_commands_finished(tmp_path, monkeypatch, capsys):
+    """Other variants and seeds of the same settings are in the table, at the seeds they have;
+    unfinished runs and those of other settings are not, nor is anything of theirs written."""
+    base, fake = recipe(tmp_path / "r"), FakeTrain()
+    monkeypatch.setattr(ablate, "train", fake)
+    ablate.ablate(base, 2, ["latent-scale"])
+    ablate.ablate(replace(base, seed=5), 1, ["fixed-prompts"])
+    other = replace(base, iterations=7)
+    ablate.ablate(replace(other, out=str(tmp_path / "other")), 1, ["static-timestep"])
+    (tmp_path / "other" / "static-timestep-seed0").rename(tmp_path / "r" / "static-timestep-seed0")
+    (tmp_path / "r" / "static-timestep-seed1").mkdir()
+    calls = len(fake.calls)
+    capsys.readouterr()
+    ablate.ablate(base, 1, ["prompts-8"])
+    assert fake.calls[calls:] == [("prompts-8-seed0", False)]
+    assert "(2 variants, 1 seeds), 1 of them finished" in capsys.readouterr().out
+    report = json.loads((tmp_path / "r" / "ablation.json").read_text())
+    found = {row["variant"]: [v and round(v, 4) for v in row["values"].values()]
+             for row in report["rows"]}
+    assert report["seeds"] == [0, 1, 5]
+    assert found == {"baseline": [0.2, 0.3, 0.7], "prompts-8": [0.2, None, None],
+                     "latent-scale": [0.2, 0.3, None], "fixed-prompts": [None, None, 0.7]}
+
+    prompts = tmp_path / "r" / "fixed-prompts-seed5" / ablate.PROMPTS
+    before = prompts.read_bytes()
+    more = recipe(tmp_path / "r", "--num-prompts", 8)
+    assert ablate.find_finished(more) == {} and prompts.read_bytes() == before
+    with pytest.raises(InputError, match="does not hold 8 prompts"):
+        ablate.run_recipe(more, VARIANTS["fixed-prompts"], 5)
 
 
 def test_differences_are_taken_over_common_seeds():
@@ -206,7 +240,8 @@ def test_another_recipe_does_not_mix_with_finished_runs(tmp_path):
         ablate.ablate(replace(base, iterations=9), 1, None)
 
 
-BAD_ABLATIONS = [(["--seeds", "0"], "--seeds 0"),
+BAD_ABLATIONS = [(["--seeds", "0"], "--seeds is 0, possible is 1 to 1000"),
+                 (["--seeds", "2", "--seed", "2147483647"], "the last seed is 2147483648"),
                  (["--variants", "nothing"], "choose from baseline"),
                  (["--init-from", "x"], "leave out"), (["--prompts", "x"], "--prompts x"),
                  (["--num-prompts", "20"], "at most --unet-context-dim 16"),

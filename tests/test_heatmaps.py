@@ -211,13 +211,38 @@ def test_one_picture(tmp_path, photos, monkeypatch):
     assert (tmp_path / "predictions" / "0_heatmaps.png").is_file()
 
 
+def test_unreadable_pictures_are_skipped_and_told(tmp_path, photos, monkeypatch, capsys):
+    """All others are drawn, as if it were not there; without any that can be read, one line."""
+    folder = tmp_path / "photos"
+    for i in range(2):
+        write(folder / f"{i}.png", random_image(64, 80, i))
+    (folder / "1a.png").write_bytes((folder / "1.png").read_bytes()[:99])
+    saved_run(tmp_path)
+    run(monkeypatch, "--checkpoint", tmp_path, "--image", folder)
+    printed = capsys.readouterr().out
+    assert "skipped    " in printed and "1a.png" in printed and "2 images; 1 skipped" in printed
+    out = tmp_path / "predictions"
+    assert {p.name for p in out.iterdir()} == {"0_heatmaps.png", "1_heatmaps.png", "prompts.png"}
+    (folder / "1a.png").rename(tmp_path / "1a.png")
+    code, stderr = refused(heatmaps.main, monkeypatch, capsys, "--checkpoint", tmp_path, "--image",
+                           tmp_path / "1a.png")
+    assert code == 2 and "1a.png" in stderr.splitlines()[-1]
+
+
 def test_refusals(tmp_path, photos, monkeypatch, capsys):
     """What cannot be drawn ends with exit code 2 and one line, and writes nothing."""
     saved_run(tmp_path)
     for flags, message in (
             (["--image", photos, "--prompts", "9"], "the model has 5 prompts"),
             (["--image", tmp_path / "nowhere"], "nowhere does not exist"),
-            (["--image", photos, "--export", tmp_path], "--export"),
+            (["--image", photos, "--export", tmp_path], "--export would do nothing here"),
+            (["--image", photos, "--save", tmp_path], "--save would do nothing here"),
+            (["--image", photos, "--tta"], "--tta would do nothing here"),
+            (["--image", photos, "--no-flip"], "--no-flip would do nothing here"),
+            (["--image", photos, "--window=64"], "--window=64 would do nothing here"),
+            (["--image", photos, "--protocol"], "--protocol would do nothing here"),
+            (["--image", photos, "--out", ""], "--out is empty"),
+            (["--image", photos, "stray"], "stray stands alone"),
             ([], "required: --image")):
         code, stderr = refused(heatmaps.main, monkeypatch, capsys, "--checkpoint", tmp_path, *flags)
         assert code == 2 and stderr.count("\n") == 1 and message in stderr, stderr

@@ -2,6 +2,7 @@
 
     pytest tests/test_memory.py
 """
+import shlex
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from model import Config, MetaPromptModel
 from ops.errors import InputError
 from tasks.flags import resolve
 from tasks.recipes import find_recipe
-from tools import memory
+from tools import ablate, memory
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -53,7 +54,7 @@ def test_the_largest_micro_batch_that_fits(monkeypatch, task, gigabytes, chosen)
 def test_the_command_prints_flags_that_train_takes(monkeypatch, capsys):
     """Without data: the estimate of the recipe's step, or a command line for train.py."""
     monkeypatch.setattr(memory, "step_peak", lambda config, shape, *_: 10**9 * shape[0])
-    words = ["--task", "depth", "--dataset", "nyu", "--crop", "448"]
+    words = ["--task", "depth", "--dataset", "nyu", "--crop", "448", "--data", "my data"]
     monkeypatch.setattr(sys, "argv", ["memory", *words])
     memory.main()
     assert capsys.readouterr().out == "about 4.0 GB for a step with --micro-batch 3\n"
@@ -61,16 +62,31 @@ def test_the_command_prints_flags_that_train_takes(monkeypatch, capsys):
     memory.main()
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("fits 9.5 GB: python train.py ")
-    assert resolve(line.split("train.py ")[1].split())[0].micro_batch == 8
+    made = resolve(shlex.split(line.split("train.py ")[1]))[0]
+    assert made.micro_batch == 8 and made.files.data == "my data"
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--fit", "0"], "--fit 0: gigabytes of one GPU"), (["--fit", "much"], "--fit"),
+    (["--fit", "0"], "--fit 0: gigabytes of one GPU"), (["--fit", "inf"], "--fit inf: gigabytes"),
+    (["--fit", "nan"], "--fit nan: gigabytes"),
+    (["--fit", "24", "--micro-batch", "2"], "--micro-batch is what --fit finds"),
+    (["--fit", "24", "--micro-batch=2"], "--micro-batch is what --fit finds"),
+    (["--fit", "much"], "--fit"),
     (["--memory", "24"], "--memory")])
 def test_bad_flags_are_refused_in_one_line(monkeypatch, capsys, flags, message):
     """Exit code 2 and one line."""
     code, stderr = refused(memory.main, monkeypatch, capsys, *flags)
     assert code == 2 and stderr.count("\n") == 1 and message in stderr
+
+
+@pytest.mark.parametrize("tool, flag", [(memory, "--fit GB"), (ablate, "--seeds K")])
+def test_help_says_what_the_command_takes(monkeypatch, capsys, tool, flag):
+    """Its docstring and its flags."""
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit):
+        tool.main()
+    printed = capsys.readouterr().out
+    assert "train.py's flags, too" in printed and flag in printed
 
 
 def test_a_resumed_run_keeps_its_micro_batch(tmp_path, monkeypatch, capsys):

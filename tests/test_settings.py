@@ -8,6 +8,7 @@ import pytest
 
 from ops.errors import InputError
 from ops.settings import LIMITS, checked, comments, from_dict, leaves, with_leaves
+from pretraining.settings import Settings as Pretraining
 from tasks.recipes import RECIPES
 
 
@@ -121,4 +122,5 @@ def test_every_number_has_limits():
     numbers = {name for name, value in names.items()
                if isinstance(value, (int, float)) and not isinstance(value, bool)}
     assert numbers <= LIMITS.keys()
-    assert LIMITS.keys() - names.keys() == {"step", "evaluated"}           # of state.json
+    other = {"step", "evaluated", "seeds"}               # of state.json and tools/ablate.py
+    assert LIMITS.keys() - names.keys() <= other | Pretraining.__dataclass_fields__.keys()

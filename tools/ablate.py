@@ -7,7 +7,8 @@
 Takes train.py's flags, too.  Each run is an ordinary one in OUT/VARIANT-seedK, its output in
 log.txt.  The same command goes on where it was stopped: finished runs are skipped, unfinished ones
 resumed.  What counts is the metric after the last step, not the best one seen on the way.
-Writes OUT/ablation.{json,md,png} after every run.
+Writes OUT/ablation.{json,md,png} after every run; they hold all finished runs of the same settings
+in OUT, those of earlier commands with other variants or seeds included.
 """
 import json
 import statistics
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from ops import draw, parallel
 from ops.errors import InputError, run_command
-from ops.settings import leaves
+from ops.settings import checked, leaves
 from tasks import TASKS
-from tasks.flags import Parser, finish, resolve, with_flags
+from tasks.flags import Parser, finish, read_prompts, resolve, with_flags
 from tasks.recipes import Recipe, read_recipe
 from train import train
 from weights.runs import RunFolder, read_log
@@ -73,11 +74,12 @@ FROM_DATA = ("class_names", "num_classes")  # known when the data set has been o
 
 def main() -> None:
     """Run what is missing, seed by seed; write and print the table."""
-    own = Parser("")
-    own.add_argument("--seeds", type=int, default=3)
-    own.add_argument("--variants", nargs="+")
+    own = Parser(__doc__)
+    own.add_argument("--seeds", type=int, default=3, metavar="K",
+                     help="runs of each variant: --seed, --seed + 1, ... [3]")
+    own.add_argument("--variants", nargs="+", metavar="NAME", help="beside the baseline [all]")
     args, rest = own.parse_known_args(sys.argv[1:])
-    base, resumed = resolve(rest, __doc__)
+    base, resumed = resolve(rest)
     if resumed or base.prompts or base.init_from or parallel.world() > 1:
         raise InputError("an ablation starts anew, has prompts of its own and is one process: "
                          "leave out --resume, --prompts, --init-from and torchrun")
@@ -111,6 +113,9 @@ def run_recipe(base: Recipe, variant: Variant, seed: int) -> Recipe:
             raise InputError(f"--num-prompts {N}: {variant.name} has orthogonal ones, at most "
                              f"--unet-context-dim {D}")
         recipe = replace(recipe, prompts=str(folder / PROMPTS))
+        if (folder / PROMPTS).is_file() and len(read_prompts(folder / PROMPTS, D)) != N:
+            raise InputError(f"{folder / PROMPTS} does not hold {N} prompts: give the same flags, "
+                             "or another --out")
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"prompts": orthogonal_prompts(N, D, seed)}, recipe.prompts)
     recipe = finish(recipe, variant.changes)
@@ -137,6 +142,24 @@ def final_metric(recipe: Recipe) -> float | None:
     return found[-1] if found else None
 
 
+def find_finished(base: Recipe) -> dict[tuple[str, int], float]:
+    """(variant name, seed) -> metric of every finished run in OUT, but those of other settings."""
+    found = {}
+    for variant in choose(base, None):
+        start = f"{variant.name}-seed"
+        for folder in Path(base.out).glob(f"{start}*"):
+            number = folder.name.removeprefix(start)
+            if not (number.isdecimal() and len(number) < 12 and (folder / "recipe.json").is_file()):
+                continue
+            try:
+                value = final_metric(run_recipe(base, variant, int(number)))
+            except InputError:
+                continue
+            if value is not None:
+                found[variant.name, int(number)] = value
+    return found
+
+
 def run_one(recipe: Recipe) -> float | None:
     """Start or resume one run, its output in log.txt; returns its metric, None if it diverged."""
     folder = Path(recipe.out)
@@ -160,18 +183,23 @@ def ablate(base: Recipe, seeds: int, names: list[str] | None) -> None:
 
     A run that diverges has no value; called again, it is tried again.
     """
-    if seeds < 1:
-        raise InputError(f"--seeds {seeds}: at least 1")
-    variants, numbers = choose(base, names), range(base.seed, base.seed + seeds)
-    jobs = {(v.name, seed): run_recipe(base, v, seed) for seed in numbers for v in variants}
-    done = {key: final_metric(recipe) for key, recipe in jobs.items()}
-    results = {key: value for key, value in done.items() if value is not None}
+    checked(int, seeds, "--seeds", "seeds")
+    last = base.seed + seeds - 1
+    checked(int, last, f"--seed {base.seed} --seeds {seeds}: the last seed", "seed")
+    chosen, numbers = choose(base, names), range(base.seed, base.seed + seeds)
+    jobs = {(v.name, seed): run_recipe(base, v, seed) for seed in numbers for v in chosen}
+    results = find_finished(base)
+    missing = [key for key in jobs if key not in results]
+    variants = [v for v in choose(base, None)
+                if v in chosen or any(name == v.name for name, _ in results)]
+    numbers = sorted({*numbers, *(seed for _, seed in results)})
     root, metric = Path(base.out), TASKS[base.task].METRIC[0]
-    print(f"ablation   {len(jobs)} runs of {base.iterations} steps ({len(variants)} variants, "
-          f"{seeds} seeds), {len(results)} of them finished\nout        {root}", flush=True)
-    with tqdm(total=len(jobs), initial=len(results), desc="ablation", unit="run",
+    print(f"ablation   {len(jobs)} runs of {base.iterations} steps ({len(chosen)} variants, "
+          f"{seeds} seeds), {len(jobs) - len(missing)} of them finished\nout        {root}",
+          flush=True)
+    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="ablation", unit="run",
               smoothing=0) as bar:                       # time left: from the mean over all runs
-        for key in [key for key in jobs if key not in results]:
+        for key in missing:
             name = f"{key[0]}-seed{key[1]}"
             bar.set_postfix_str(name)
             results[key] = run_one(jobs[key])
@@ -188,7 +216,7 @@ def ablate(base: Recipe, seeds: int, names: list[str] | None) -> None:
 # ------------------------------------------------------------------------------------------------
 # The report
 
-def summarise(base: Recipe, variants: list[Variant], seeds: range, results: dict) -> dict:
+def summarise(base: Recipe, variants: list[Variant], seeds, results: dict) -> dict:
     """What ablation.json holds: per variant its values by seed, their mean and standard deviation
     (n - 1), and the mean difference to the baseline over the seeds that both have; else None.
 

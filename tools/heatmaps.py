@@ -10,6 +10,7 @@ a prompt that does not respond to a picture stays blue there.
 The maps are those that the head reads, after the rearrangement of the last pass, of the whole
 picture at once: no windows, no mirror image.  Segmentation has four per prompt; drawn is the
 finest, of stride 4.  For pose the picture is the crop of the box with the highest score.
+Of eval.py's flags it takes --boxes, --dataset, --device, --max-side, --precision and --scale.
 """
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from tasks.flags import Parser
 
 PROMPTS = 6  # drawn unless said otherwise
 COLUMNS = 8  # pictures side by side in prompts.png
+TAKEN = ("--boxes", "--dataset", "--device", "--max-side", "--precision", "--scale")  # by eval.py
 CELL = 240  # side of the square, in pixels, that a picture in a sheet fits into
 
 
@@ -40,9 +42,13 @@ def main() -> None:
     own.add_argument("--image", required=True, metavar="FILE|FOLDER", help="your own pictures")
     own.add_argument("--out", help="folder for the sheets; default: RUN/predictions")
     chosen, rest = own.parse_known_args()
+    for word in rest:
+        if word.startswith("--") and word.split("=")[0] not in TAKEN:
+            raise InputError(f"{word} would do nothing here: beside its own flags this command "
+                             f"takes {', '.join(TAKEN)}")
     flags = ["--checkpoint", chosen.checkpoint, "--image", chosen.image, *rest]
-    args, recipe, model, source = evaluation.load([*flags, *(["--out", chosen.out]
-                                                             if chosen.out else [])])
+    flags += [] if chosen.out is None else ["--out", chosen.out]
+    args, recipe, model, source = evaluation.load(flags)
     wanted = parse(chosen.prompts, model.config)         # refused before any prediction
     device = pick_device(args.device)
     dtype = pick_precision(args.precision or "auto", device)
@@ -54,9 +60,31 @@ def main() -> None:
     def picture(i: int) -> np.ndarray:
         return task.view(load_image(root / files[i]), files[i], recipe, ready)
 
-    drawn = draw_all(model.to(device).eval(), output_names(files), picture, out, wanted,
-                     dtype)
-    print(f"prompts    {', '.join(map(str, drawn))}\nwrote {out}/: *_heatmaps.png, prompts.png")
+    good, skipped = readable(picture, len(files))
+    names = output_names(files)
+    drawn = draw_all(model.to(device).eval(), [names[i] for i in good], lambda i: picture(good[i]),
+                     out, wanted, dtype)
+    for message in skipped:
+        print(f"skipped    {message}")
+    print(f"prompts    {', '.join(map(str, drawn))}\n{len(good)} images"
+          + (f"; {len(skipped)} skipped" if skipped else "")
+          + f"\nwrote {out}/: *_heatmaps.png, prompts.png")
+
+
+def readable(load, count: int) -> tuple[list[int], list[str]]:
+    """Which of `count` pictures load(i) can read, and why not the others; InputError without any.
+    """
+    good, skipped = [], []
+    for i in range(count):
+        try:
+            load(i)
+            good.append(i)
+        except InputError as error:
+            skipped.append(str(error))
+    if not good:
+        raise InputError(skipped[0] if count == 1 else
+                         f"none of the {count} images can be read: {skipped[0]}")
+    return good, skipped
 
 
 def parse(text: str, config: Config) -> int | list[int]:

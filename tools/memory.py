@@ -9,6 +9,8 @@ gradients, the optimiser's moments, activations, and what checkpointing recomput
 at full width, and no memory.  The CUDA context, workspaces and fragmentation are taken to be
 OTHER_GB; the loader's processes are not counted.
 """
+import math
+import shlex
 import weakref
 from dataclasses import replace
 
@@ -29,19 +31,21 @@ OTHER_GB = 1.0  # CUDA context, workspaces, fragmentation
 
 def main() -> None:
     """Print the estimate, or the flags that fit."""
-    own = Parser("")
-    own.add_argument("--fit", type=float, metavar="GB")
+    own = Parser(__doc__)
+    own.add_argument("--fit", type=float, metavar="GB", help="of one GPU")
     args, rest = own.parse_known_args()
-    recipe, resumed = resolve(rest, __doc__)
+    recipe, resumed = resolve(rest)
     if resumed:
         raise InputError("--resume: a run keeps its micro-batch; give the flags that began it")
-    if args.fit is not None and not args.fit > 0:
+    if args.fit is not None and not 0 < args.fit < math.inf:
         raise InputError(f"--fit {args.fit:g}: gigabytes of one GPU, such as 24")
+    if args.fit is not None and any(word.split("=")[0] == "--micro-batch" for word in rest):
+        raise InputError("--micro-batch is what --fit finds: leave one of them out")
     if args.fit is None:
         print(f"about {step_gb(recipe):.1f} GB for a step with --micro-batch {recipe.micro_batch}")
         return
     micro_batch = fit(recipe, args.fit)
-    print(f"fits {args.fit:g} GB: python train.py {' '.join(rest)} --micro-batch {micro_batch}")
+    print(f"fits {args.fit:g} GB: python train.py {shlex.join(rest)} --micro-batch {micro_batch}")
 
 
 class Alive(TorchDispatchMode):

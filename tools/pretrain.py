@@ -3,16 +3,15 @@
     python -m tools.pretrain autoencoder              RUN/vae.safetensors: image <-> latents
     python -m tools.pretrain diffusion                RUN/diffusion.safetensors: UNet, text encoder
     python -m tools.pretrain sample --prompt "two balls and a cone"           RUN/sample.png
-    python -m tools.pretrain cache | export           latents for `diffusion` | RUN/tiny-sd/
+    python -m tools.pretrain cache | export           latents for `diffusion` | the folder --export
 
 Every command goes on where it was stopped, to the bit; more `--steps` continue a finished one.
 RUN (--out) also holds settings.json, metrics.jsonl and pictures/.
 """
 import argparse
-import json
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,24 +19,30 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from eval import check_folder
 from ops.errors import InputError, run_command
 from ops.muon import Muon, split
 from ops.settings import comments
 from pretraining.bpe import save_tokenizer
+from pretraining.cache import (load_cache, load_held_out, load_tokenizer, log, read_metrics,
+                               read_shard, shard_path)
 from pretraining.decoder import Autoencoder, autoencoder_loss
 from pretraining.diffusion import TIMESTEPS, Denoiser, add_noise, average_weights, sample
-from pretraining.export import export
+from pretraining.export import check_place, export
+from pretraining.settings import Settings, check_same, flag
+from pretraining.start import images_seen, start_autoencoder, start_denoiser, start_tokenizer
 from pretraining.state import load_state, save_state, write_tensors
 from sets.captions import captions
 from sets.embedded import VAL_SEED
 from sets.shapes import render_world
 from unet import UNet, UNetConfig
 from vae import VAEConfig
+from tasks.flags import Parser, show, value_of
 from vpd.text import TextConfig, TextEncoder, Tokenizer
 from weights.checkpoint import write_json
+from weights.files import assemble, read_tensors
 
 # Scenes for the tasks: training has seeds 2 k VAL_SEED + [0, VAL_SEED), k = 0, 1, ...; validation
 # VAL_SEED + index.  From 3 VAL_SEED on for one VAL_SEED, neither has any.
@@ -45,68 +50,12 @@ FIRST_SCENE = 3 * VAL_SEED
 HELD_OUT = FIRST_SCENE + VAL_SEED // 2  # first scene for this file's own figures
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a run is made of; each field is a flag."""
-
-    out: str = "runs/tiny-sd"  # folder of the run
-    seed: int = 0  # of weights, order and noise; the scenes are the same for all seeds
-    size: int = 128  # pixels; side of the scenes
-    # Autoencoder
-    vae_channels: tuple[int, ...] = (16, 32, 64, 64)  # levels 1/1, 1/2, 1/4, 1/8
-    latent_channels: int = 8  # 4 in Stable Diffusion
-    vae_scenes: int = 8192  # rendered at the start and kept in memory
-    crop: int = 64  # pixels; side of the crops that the autoencoder is trained on
-    vae_batch: int = 16  # crops per step
-    vae_steps: int = 4000  # the last `decay` share of them with a falling rate
-    kl: float = 1e-6  # weight of the latents' divergence from N(0, 1), per latent value
-    gradients: float = 1.0  # weight of the L1 error of differences between neighbouring pixels
-    # Latents and captions, made once
-    scenes: int = 61440  # rendered and encoded; `cache` may still be at work in `diffusion`
-    shard: int = 2048  # scenes per file; the tokenizer is learnt from the first one's captions
-    captions: int = 4  # per scene
-    held_out: int = 512  # scenes for the figures
-    tokens: int = 32  # per caption, start and end counted; 77 in Stable Diffusion
-    merges: int = 1000  # of the tokenizer, at most
-    # Diffusion
-    unet_channels: tuple[int, ...] = (32, 64, 96, 96)  # 1/8 to 1/64; c0 a multiple of 16
-    heads: int = 2  # at every level; 8 in Stable Diffusion
-    width: int = 64  # of the text encoder, and so of what cross-attention reads
-    text_layers: int = 2  # 12 in Stable Diffusion
-    batch: int = 48  # latents per step; from 32 to 64 the optimiser's share of time halves
-    steps: int = 100_000  # the last `decay` share of them with a falling rate
-    drop: float = 0.1  # share of captions replaced by the empty one, for guidance
-    average: float = 0.9995  # share of the averaged weights that stays in a step
-    guidance: float = 3.0  # of samples: 1 is none
-    sample_steps: int = 25  # of DDIM
-    prompt: str = "two balls and a cone"  # of `sample`
-    export: str = "weights/tiny-sd"  # folder of the exported model
-    # Shared by both networks
-    groups: int = 8  # of every GroupNorm; 32 in Stable Diffusion
-    layers: int = 1  # residual blocks per level; 2 in Stable Diffusion
-    muon_lr: float = 0.02  # of the matrices
-    lr: float = 2e-3  # AdamW, of norms, biases and embeddings
-    warmup: int = 100  # steps until the full rate
-    decay: float = 0.3  # last share of the steps, in which the rate falls to 0
-    # Habits
-    save_every: int = 500  # steps between checkpoints, metrics and pictures
-
-    def __post_init__(self):
-        if self.size % 64 or not 16 <= self.crop <= self.size or self.crop % 8:
-            raise InputError(f"size {self.size} must be a multiple of 64, and crop {self.crop} one "
-                             "of 8 from 16 to it")
-        for width in (*self.vae_channels, *self.unet_channels):
-            if width % self.groups or width % self.heads:
-                raise InputError(f"width {width} must be a multiple of groups {self.groups} and "
-                                 f"heads {self.heads}")
-
-
 # ------------------------------------------------------------------------------------------------
 # What the stages share
 
 def generator(settings: Settings, step: int) -> torch.Generator:
     """The random numbers of one step: a stopped run goes on with the ones it would have had."""
-    return torch.Generator().manual_seed((settings.seed << 40) + step)
+    return torch.Generator().manual_seed((settings.seed << 32) + step)
 
 
 def optimizer_of(settings: Settings, model: nn.Module) -> Muon:
@@ -120,15 +69,10 @@ def optimizer_of(settings: Settings, model: nn.Module) -> Muon:
 
 def set_rate(optimizer: Muon, settings: Settings, step: int, steps: int) -> None:
     """Linear warm-up, then the full rate, then linear decay to 0 over the last `decay` share."""
-    share = min(1.0, (step + 1) / settings.warmup, (steps - step) / max(settings.decay * steps, 1))
+    warmup, decay = max(settings.warmup, 1), max(settings.decay * steps, 1)
+    share = min(1.0, (step + 1) / warmup, (steps - step) / decay)
     for group in optimizer.param_groups:
         group["lr"] = group["full_lr"] * share
-
-
-def log(settings: Settings, **values) -> None:
-    """Append a line to metrics.jsonl."""
-    with open(Path(settings.out) / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
 
 
 def save_grid(path: Path, rows: list[Tensor]) -> None:
@@ -212,7 +156,12 @@ def train_autoencoder(settings: Settings) -> None:
             log(settings, stage="autoencoder", step=step + 1, loss=loss.item(), **values)
             bar.set_postfix(values)
             save_grid(run / "pictures" / "autoencoder.png", [to_input(held_out[:8]), ours[:8]])
-    finish_autoencoder(settings, model, scenes(settings, HELD_OUT, 256)[0])
+    finish_autoencoder(settings, model, judged_scenes(settings))
+
+
+def judged_scenes(settings: Settings) -> Tensor:
+    """Images of held-out scenes for the finished autoencoder's figures."""
+    return scenes(settings, HELD_OUT, min(256, settings.held_out))[0]
 
 
 @torch.no_grad()
@@ -221,20 +170,49 @@ def finish_autoencoder(settings: Settings, model: Autoencoder, images: Tensor) -
     latents = torch.cat([model(to_input(part)) for part in images.split(32)])
     model.absorb(latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
     write_tensors(Path(settings.out) / "vae.safetensors", model.state_dict())
-    log(settings, stage="vae", **judge_autoencoder(model, images)[0])
+    log_autoencoder(settings, model, images)
+
+
+def log_autoencoder(settings: Settings, model: Autoencoder, images: Tensor) -> None:
+    """The line of metrics.jsonl that a card needs: figures, and where the weights are from."""
+    source = {"start": Path(settings.start).name, "before": images_seen(settings.start)} \
+        if settings.start else {}
+    log(settings, stage="vae", **source, **judge_autoencoder(model, images)[0])
 
 
 # ------------------------------------------------------------------------------------------------
 # Latents and captions
 
 def load_autoencoder(settings: Settings) -> Autoencoder:
-    """RUN/vae.safetensors, frozen."""
+    """RUN/vae.safetensors, frozen; of a new run with `start`, that folder's."""
     path = Path(settings.out) / "vae.safetensors"
+    if settings.start and not path.exists():
+        take_over(settings)
     if not path.exists():
         raise InputError(f"{path} does not exist: run `python -m tools.pretrain autoencoder` first")
     model = make_autoencoder(settings)
-    model.load_state_dict(load_file(path))
+    loaded = assemble(Autoencoder, model.config, read_tensors(path), path)
+    model.load_state_dict(loaded.state_dict())
     return model.requires_grad_(False).eval()
+
+
+def load_start(settings: Settings) -> Autoencoder:
+    """The autoencoder of `start`; InputError if it or the networks there are of other sizes."""
+    if list(Path(settings.out).glob("latents/*.safetensors")):
+        raise InputError(f"{settings.out}/latents is of another autoencoder: delete it, or give "
+                         "another --out")
+    model = make_autoencoder(settings)
+    start_autoencoder(settings.start, model)
+    start_denoiser(settings.start, make_denoiser(settings, settings.start)[0])
+    return model
+
+
+def take_over(settings: Settings) -> None:
+    """Begin a run with the autoencoder and tokenizer of `start`."""
+    model, run = load_start(settings), Path(settings.out)
+    start_tokenizer(settings.start, run)
+    log_autoencoder(settings, model, judged_scenes(settings))
+    write_tensors(run / "vae.safetensors", model.state_dict())   # last: the run has begun
 
 
 @torch.no_grad()
@@ -246,32 +224,29 @@ def write_shard(settings: Settings, model: Autoencoder, path: Path, first: int, 
     images, texts = scenes(settings, first, count)
     folder = Path(settings.out)
     if not (folder / "tokenizer" / "special_tokens_map.json").exists():
+        if list(path.parent.glob("*.safetensors")):
+            raise InputError(f"{folder}/tokenizer is incomplete, and its ids are in {path.parent}: "
+                             "copy it from an export of the run, or delete both")
         save_tokenizer(folder / "tokenizer", texts, settings.merges, settings.tokens)
-    ids = Tokenizer.from_pretrained(settings.out)(texts)
+    ids = load_tokenizer(settings.out, settings.tokens)(texts)
     latents = torch.cat([model(to_input(part)) for part in images.split(64)])
     write_tensors(path, {"latents": latents.half(),
                          "ids": ids.view(count, settings.captions, -1).int()})
 
 
 def make_cache(settings: Settings) -> None:
-    """RUN/latents/: the missing ones of the files that `diffusion` reads."""
+    """RUN/latents/: the missing ones of the files that `diffusion` reads; the last one of a run
+    with fewer `scenes` is made again.
+    """
     (folder := Path(settings.out) / "latents").mkdir(parents=True, exist_ok=True)
     model = load_autoencoder(settings)
     for first in tqdm(range(0, settings.scenes, settings.shard), desc="cache", unit="file"):
-        path = folder / f"{first:08d}.safetensors"
-        if not path.exists():
-            count = min(settings.shard, settings.scenes - first)
+        path, count = shard_path(settings, first), min(settings.shard, settings.scenes - first)
+        if not path.exists() or len(read_shard(settings, path, settings.shard)["ids"]) < count:
             write_shard(settings, model, path, FIRST_SCENE + first, count)
         if not (folder / "held_out.safetensors").exists():
             write_shard(settings, model, folder / "held_out.safetensors", HELD_OUT,
                         settings.held_out)
-
-
-def load_cache(settings: Settings) -> tuple[Tensor, Tensor]:
-    """All latents (N, C, h, w) and ids (N, captions, tokens) that have been made so far."""
-    paths = sorted((Path(settings.out) / "latents").glob("0*.safetensors"))
-    shards = [load_file(path) for path in paths]
-    return torch.cat([s["latents"] for s in shards]), torch.cat([s["ids"] for s in shards])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -309,26 +284,31 @@ def judge_diffusion(model: Denoiser, latents: Tensor, ids: Tensor) -> dict:
             "wrong_captions": losses[1].mean().item()}
 
 
-def make_denoiser(settings: Settings) -> tuple[Denoiser, Denoiser, Tokenizer]:
-    """Untrained model, its averaged twin, and the tokenizer of the cached captions."""
-    tokenizer = Tokenizer.from_pretrained(settings.out)
+def make_denoiser(settings: Settings, folder: str) -> tuple[Denoiser, Tokenizer]:
+    """Untrained model for the tokenizer of a folder, and that tokenizer."""
+    tokenizer = load_tokenizer(folder, settings.tokens)
     torch.manual_seed(settings.seed)
     unet = UNet(UNetConfig(settings.unet_channels, settings.layers, settings.heads, settings.width,
                            settings.latent_channels, settings.groups))
     text_encoder = TextEncoder(TextConfig(
         len(tokenizer.vocabulary), settings.width, 4 * settings.width, settings.text_layers,
         settings.heads, settings.tokens))
-    model = Denoiser(unet, text_encoder)
-    return model, deepcopy(model).requires_grad_(False), tokenizer
+    return Denoiser(unet, text_encoder), tokenizer
 
 
 def train_diffusion(settings: Settings) -> None:
     """Stage 2, resumable; every `save_every` steps a checkpoint, figures, pictures, an export."""
     run, vae = Path(settings.out), load_autoencoder(settings)
-    if not list(run.glob("latents/0*.safetensors")):
+    if not shard_path(settings, 0).exists() or not (run / "latents/held_out.safetensors").exists():
         make_cache(settings)
     latents, ids = load_cache(settings)
-    model, averaged, tokenizer = make_denoiser(settings)
+    held_out = load_held_out(settings)
+    if not read_metrics(run, "vae"):                     # killed when it was to be written
+        log_autoencoder(settings, vae, judged_scenes(settings))
+    model, tokenizer = make_denoiser(settings, settings.out)
+    if settings.start and not (run / "diffusion.safetensors").exists():
+        start_denoiser(settings.start, model)
+    averaged = deepcopy(model).requires_grad_(False)
     optimizer = optimizer_of(settings, model)
     parts = {"model": model, "averaged": averaged}
     done = load_state(run / "diffusion.safetensors", parts, optimizer)
@@ -342,27 +322,20 @@ def train_diffusion(settings: Settings) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        average_weights(averaged, model, min(settings.average, (step + 1) / (step + 10)))
+        fresh = 1.0 if settings.start else (step + 1) / (step + 10)  # random weights are forgotten
+        average_weights(averaged, model, min(settings.average, fresh))
         losses.append(loss.item())
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             save_state(run / "diffusion.safetensors", step + 1, parts, optimizer)
-            report(settings, averaged, vae, tokenizer, step + 1, {
-                "loss": sum(losses) / len(losses), "scenes": len(latents),
-                "seconds": time.process_time() - since})
+            log(settings, stage="diffusion", step=step + 1, images=(step + 1) * settings.batch,
+                loss=sum(losses) / len(losses), scenes=len(latents),
+                seconds=time.process_time() - since, **judge_diffusion(averaged, *held_out))
+            draw(settings, run / "pictures" / "samples.png", list(PROMPTS) * 2, averaged, vae,
+                 tokenizer)
+            export_run(settings, averaged, vae)
             losses, since = [], time.process_time()
             if len(latents) < settings.scenes:                   # `cache` may still be at work
                 latents, ids = load_cache(settings)
-
-
-def report(settings: Settings, model: Denoiser, vae: Autoencoder, tokenizer: Tokenizer, step: int,
-           values: dict) -> None:
-    """A line of metrics.jsonl, samples and an export of the averaged model."""
-    run = Path(settings.out)
-    held_out = load_file(run / "latents" / "held_out.safetensors")
-    values |= judge_diffusion(model, held_out["latents"], held_out["ids"])
-    log(settings, stage="diffusion", step=step, images=step * settings.batch, **values)
-    draw(settings, run / "pictures" / "samples.png", list(PROMPTS) * 2, model, vae, tokenizer)
-    export_run(settings, model, vae)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -387,13 +360,13 @@ def draw(settings: Settings, path: Path, prompts: list[str], model: Denoiser, va
 
 
 def load_run(settings: Settings) -> tuple[Denoiser, Autoencoder, Tokenizer]:
-    """The averaged model, the autoencoder and the tokenizer of a run."""
-    vae = load_autoencoder(settings)
-    model, averaged, tokenizer = make_denoiser(settings)
+    """Averaged model, autoencoder, tokenizer of a run; InputError if one is missing or broken."""
     path = Path(settings.out) / "diffusion.safetensors"
-    if not load_state(path, {"model": model, "averaged": averaged}):
+    if not path.exists():
         raise InputError(f"{path} does not exist: run `python -m tools.pretrain diffusion` first")
-    return averaged, vae, tokenizer
+    averaged, tokenizer = make_denoiser(settings, settings.out)
+    load_state(path, {"averaged": averaged})
+    return averaged, load_autoencoder(settings), tokenizer
 
 
 def sample_prompt(settings: Settings) -> None:
@@ -404,9 +377,13 @@ def sample_prompt(settings: Settings) -> None:
 
 def export_run(settings: Settings, model: Denoiser, vae: Autoencoder) -> None:
     """Write the averaged model in Stable Diffusion's layout, with its card."""
-    lines = (Path(settings.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    run = Path(settings.out)
+    judged, lines = read_metrics(run, "vae"), read_metrics(run, "diffusion")
+    if not judged or not lines:
+        raise InputError(f"{run}/metrics.jsonl lacks the figures of "
+                         f"{'`diffusion`' if judged else 'the autoencoder'}: there is no card")
     export(Path(settings.export), asdict(settings), model.unet, vae, model.text_encoder,
-           Path(settings.out) / "tokenizer", [json.loads(line) for line in lines])
+           run / "tokenizer", judged[-1], lines)
 
 
 def export_last(settings: Settings) -> None:
@@ -421,26 +398,48 @@ STAGES = {"autoencoder": train_autoencoder, "cache": make_cache, "diffusion": tr
 
 def parse(arguments: list[str] | None) -> tuple[str, Settings]:
     """Stage and settings from the command line; every field of `Settings` is a flag."""
-    parser = argparse.ArgumentParser(prog="python -m tools.pretrain", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser, explained = Parser(__doc__), comments(Settings)
     parser.add_argument("stage", choices=STAGES)
     for field in fields(Settings):
-        many = {"nargs": "+", "type": int} if isinstance(field.default, tuple) else \
-            {"type": type(field.default)}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, metavar="X",
-                            help=comments(Settings)[field.name].replace("%", "%%"), **many)
+        text = f"{explained[field.name]} [{show(field.default)}]".replace("%", "%%")
+        many = "+" if isinstance(field.default, tuple) else None
+        parser.add_argument(flag(field.name), nargs=many, default=argparse.SUPPRESS, metavar="X",
+                            help=text)
     given = vars(parser.parse_args(arguments))
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    return values.pop("stage"), Settings(**values)
+    stage = given.pop("stage")
+    return stage, Settings(**{name: value_of(Settings(), name, words, flag(name))
+                              for name, words in given.items()})
+
+
+def check(stage: str, settings: Settings) -> None:
+    """InputError for what the stage can't do with this run, before anything is written."""
+    run, place = Path(settings.out), Path(settings.export)
+    if settings.start and stage == "autoencoder":
+        raise InputError("--start: the autoencoder is that folder's: run `cache` or `diffusion`")
+    if (run / "recipe.json").exists():
+        raise InputError(f"--out {run} holds a run of train.py")
+    if stage in ("diffusion", "export"):
+        check_place(place)
+        if place.resolve() in (run.resolve(), *run.resolve().parents):
+            raise InputError(f"--export {place} would replace --out {run}: give another folder")
+        check_folder("--export", settings.export)
+    check_same(settings, run / "settings.json")
+    if stage in ("sample", "export"):
+        load_run(settings)
+    elif settings.start and not (run / "vae.safetensors").exists():
+        load_start(settings)
+    elif stage != "autoencoder":
+        load_autoencoder(settings)
+    check_folder("--out", settings.out)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one stage."""
     stage, settings = parse(arguments)
-    if (Path(settings.out) / "recipe.json").exists():
-        raise InputError(f"--out {settings.out} holds a run of train.py")
+    check(stage, settings)
     Path(settings.out).mkdir(parents=True, exist_ok=True)
-    write_json(Path(settings.out) / "settings.json", asdict(settings))
+    if stage not in ("sample", "export"):
+        write_json(Path(settings.out) / "settings.json", asdict(settings))
     STAGES[stage](settings)
 
 
