@@ -138,8 +138,8 @@ def test_a_run_that_does_not_fit_its_recipe_is_not_resumed(tmp_path, kind, messa
 
 def test_what_was_edited_in_a_recipe_is_said(tmp_path, capsys):
     """Resumed with other settings than those of the save, a run goes on; a line names them."""
-    made = recipe(tmp_path / "r", "--iterations", 1)
-    train.train(made, resume=False)
+    train.train(recipe(tmp_path / "r", "--iterations", 1), resume=False)
+    made = read_recipe(tmp_path / "r" / "recipe.json")
     capsys.readouterr()
     train.train(replace(made, iterations=2, lr=1e-3), resume=True)
     assert "at step 1; recipe.json was edited since: iterations 1 is now 2, lr 0.005 is now 0.001" \
