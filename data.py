@@ -17,6 +17,7 @@ Every random draw for a training sample comes from (seed, epoch, index): the sam
 on which worker makes it or when, which makes an interrupted run resumable to the bit.
 """
 import signal
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -124,16 +125,16 @@ class Counted(Dataset):
             return str(error)
 
 
-def collate_readable(items: list) -> tuple[dict | None, list[str]]:
-    """(batch of the samples, None without any; messages of those that could not be read)."""
+def collate_readable(items: list) -> tuple[list[dict], list[str]]:
+    """(batches of neighbours of one size; messages of those that could not be read)."""
     samples = [item for item in items if not isinstance(item, str)]
-    return (default_collate(samples) if samples else None,
+    groups = groupby(samples, lambda sample: (sample["image"].shape, sample["target"].shape))
+    return ([default_collate(list(group)) for _, group in groups],
             [item for item in items if isinstance(item, str)])
 
 
 def eval_loader(dataset: Dataset, batch: int, workers: int) -> DataLoader:
-    """The whole set once, in order, as `collate_readable` gives it; batch > 1 needs images of one
-    size.
+    """The whole set once, in order, `batch` images at a time, as `collate_readable` gives them.
 
     Of several processes, the r-th of W has batches r, r + W, r + 2W, ...
     """

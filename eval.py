@@ -34,12 +34,12 @@ import data
 from model import Config, MetaPromptModel
 from ops.device import cast_weights, pick_device, pick_precision
 from ops.errors import InputError, run_command
-from ops.settings import comments
+from ops.settings import checked, comments
 from sets.files import IMAGE_SUFFIXES, load_image, output_names
-from tasks import TASKS, seg
-from tasks.common import SMALLEST
+from tasks import TASKS, depth, seg
 from tasks.flags import Parser, add_flags, check_idle, flag_paths, parse, show, with_flags
-from tasks.recipes import Recipe, find_recipe, read_recipe
+from tasks.recipes import Recipe, check_model, find_recipe, read_recipe
+from tasks.recipes import check as check_recipe
 
 COMMANDS = ("checkpoint", "official", "task", "dataset", "image", "boxes", "tta", "say_protocol",
             "out", "export", "save", "device", "precision", "workers")  # flags that are no settings
@@ -100,7 +100,8 @@ def load(arguments: list[str]) -> tuple:
     given = {name: words for name, words in vars(args).items()
              if name not in COMMANDS and name in flag_paths(recipe)}
     recipe = with_flags(recipe, given)
-    check_idle(recipe, given)
+    check_recipe(recipe)
+    check_idle(recipe, given, args.tta, bool(args.image))
     return args, settle(recipe, args, model.config), model, source
 
 
@@ -139,8 +140,7 @@ def check(args) -> None:
             check_folder(flag, folder)
     if args.image is None and hasattr(args, "max_side"):
         raise InputError("--max-side is about your own pictures: it needs --image")
-    if not 0 <= args.workers <= 256:
-        raise InputError(f"--workers {args.workers}: possible is 0 to 256")
+    checked(int, args.workers, "--workers", "workers")
     if args.save and any((Path(args.save) / name).exists() for name in
                          ("config.json", "model.safetensors", "recipe.json")):
         raise InputError(f"--save {args.save} holds a model already: give another folder")
@@ -158,8 +158,6 @@ def check(args) -> None:
 
 def check_folder(flag: str, folder: str) -> None:
     """InputError unless a folder can be written: noticed before the work, not after it."""
-    if not folder:
-        raise InputError(f"{flag} is empty: leave it out, or give a folder")
     new = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -181,15 +179,12 @@ def settle(recipe: Recipe, args, config: Config) -> Recipe:
                          "the protocol, other scales would change metres and joints' blobs")
     if args.tta:
         recipe = replace(recipe, protocol=seg.with_tta(recipe.protocol))
+    if args.boxes and not (recipe.task == "pose" if args.image else hasattr(recipe.files, "boxes")):
+        raise InputError(f"--boxes {args.boxes}: {recipe.task} on {recipe.dataset} takes none")
     if args.boxes and not args.image:
-        if not hasattr(recipe.files, "boxes"):
-            raise InputError(f"--boxes {args.boxes}: {recipe.task} on {recipe.dataset} takes none")
         recipe = replace(recipe, files=replace(recipe.files, boxes=args.boxes))
-    side = getattr(recipe.protocol, "max_side", None)
-    if side == 0:                                        # a row, not a run's resolved recipe
+    if getattr(recipe.protocol, "max_side", None) == 0:  # a row, not a run's resolved recipe
         recipe = replace(recipe, protocol=replace(recipe.protocol, max_side=2 * recipe.crop))
-    elif side is not None and side < SMALLEST:
-        raise InputError(f"--max-side {side}: {SMALLEST} pixels or more")
     return recipe
 
 
@@ -215,6 +210,7 @@ def recipe_of(folder: Path, config: Config, chosen) -> Recipe:
     if file.is_file():
         recipe = read_recipe(file)
         if chosen.dataset in (None, recipe.dataset):
+            check_model(recipe, file, config, folder)
             return recipe
     elif chosen.dataset is None and chosen.image is None:
         raise InputError(f"{folder} is not part of a run, whose recipe.json would say the data "
@@ -262,6 +258,8 @@ def evaluate_set(model: MetaPromptModel, recipe: Recipe, args, out: Path, dtype:
     """Print the metrics, write them and pictures into `out`."""
     dataset, task = data.open_set(recipe, "val"), TASKS[recipe.task]
     print(f"data       {recipe.dataset}: {dataset.check()}")
+    if recipe.task == "depth":
+        depth.check_range(dataset, recipe)
     export = Path(args.export) if args.export else out if recipe.task == "pose" else None
     check_export(args.export, getattr(recipe.files, "data", None))
     metrics = task.evaluate(model, dataset, recipe.protocol, dtype, workers=args.workers,

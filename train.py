@@ -1,6 +1,6 @@
 """Training: one run, in execution order.
 
-    python train.py --task seg                                       embedded scenes, our own small backbone
+    python train.py --task seg                                       embedded scenes, small backbone
     python train.py --task seg --dataset ade20k --data PATH          the paper's recipe on SD1.5
     python train.py --task seg --dataset folder --data PATH          your own images and masks
     python train.py --task depth                                     the same scenes, metres
@@ -36,10 +36,11 @@ from model import Config, MetaPromptModel, read_config
 from ops import muon, parallel
 from ops.device import autocast, device_of, pick_device, pick_precision
 from ops.errors import InputError, run_command
+from ops.settings import leaves
 from sets.files import UNREADABLE_SHARE
-from tasks import TASKS
+from tasks import TASKS, depth
 from tasks.flags import read_prompts, resolve
-from tasks.recipes import Recipe, lr_factor, weights_of
+from tasks.recipes import Recipe, check_model, lr_factor, read_recipe, weights_of
 from vae import VAEEncoder
 from weights import checkpoint
 from weights.checkpoint import State
@@ -74,6 +75,8 @@ def train(recipe: Recipe, resume: bool) -> dict:
     # Data, checked before anything slow; then the model.
     train_set, val_set = (data.open_set(recipe, split) for split in ("train", "val"))
     print(f"training   {train_set.check()}\nvalidation {val_set.check()}")
+    if recipe.task == "depth":
+        depth.check_range(val_set, recipe)
     model, optimizer, state = begin(recipe, resume, class_names(train_set), device)
     recipe = replace(recipe, model=model.config)
     print_plan(recipe, model, device, dtype)
@@ -121,23 +124,31 @@ def continued(recipe: Recipe, names: tuple[str, ...], device: torch.device):
             model = checkpoint.own_memory(MetaPromptModel.from_pretrained(folder)).train()
             model, optimizer = model.to(device), build_optimizer(model, recipe)
             checkpoint.load_optimizer(folder, model, optimizer, state.step)
+            edited = edits(recipe, folder / "recipe.json")
         except InputError as error:
             if folder == folders[-1]:
                 raise
             print(f"unreadable {error}; taking {folders[-1]}")
             continue
-        differing = [name for name, value in vars(model.config).items()
-                     if value != getattr(recipe.model, name)]
-        if differing:
-            raise InputError(f"{folder}/config.json and {recipe.out}/recipe.json disagree about "
-                             f"{', '.join(differing)}")
+        check_model(recipe, Path(recipe.out) / "recipe.json", model.config, folder)
         if names != model.config.class_names:
             raise InputError(f"{recipe.out} was trained on the classes {model.config.class_names}, "
                              f"the data set now has {names}")
-        if state.step > recipe.iterations:
-            raise InputError(f"{folder}/state.json: step {state.step} of {recipe.iterations}")
-        print(f"resuming   {folder} at step {state.step}")
+        metric, sign = TASKS[recipe.task].METRIC
+        low, high = (-1, 1) if sign > 0 else (0, math.inf)  # -1: nobody was annotated
+        if state.step > recipe.iterations or not low <= (state.best or 0) <= high:
+            raise InputError(f"{folder}/state.json: step {state.step} of {recipe.iterations}, best "
+                             f"{metric} {state.best}: no run gets there")
+        print(f"resuming   {folder} at step {state.step}{edited}")
         return model, optimizer, state
+
+
+def edits(recipe: Recipe, path: Path) -> str:
+    """What differs from the recipe of a checkpoint, in words; older checkpoints hold none."""
+    before, now = leaves(read_recipe(path)) if path.is_file() else {}, leaves(recipe)
+    found = [f"{name[-1]} {before[name]} is now {now[name]}" for name in now
+             if name in before and before[name] != now[name] and name[-1] != "out"]
+    return f"; recipe.json was edited since: {', '.join(found)}" if found else ""
 
 
 def class_names(train_set) -> tuple[str, ...]:
@@ -250,7 +261,7 @@ def loop(recipe: Recipe, model: MetaPromptModel, optimizer, state: State, batche
         validating = due(state.step, recipe.eval_every, recipe)
         if due(state.step, recipe.save_every, recipe) or stopping or validating:
             if parallel.rank() == 0:
-                checkpoint.save_last(run, model, optimizer, state)
+                checkpoint.save_last(run, model, optimizer, state, asdict(recipe))
         if stopping:
             break
         if validating:

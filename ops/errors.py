@@ -1,4 +1,5 @@
 """The exceptions that a user can cause, and how every command reports them."""
+import errno
 import json
 import sys
 from pathlib import Path
@@ -31,8 +32,8 @@ class InputError(ValueError):
 def run_command(command) -> None:
     """Run `command()`; what a user can cause becomes one line on stderr and an exit code.
 
-    2: InputError.  1: a value that is not finite, memory, or the disk (full, not writable).  130:
-    Ctrl-C.
+    2: InputError, a file name that is too long.  1: a value that is not finite, memory, or the disk
+    (full, not writable).  130: Ctrl-C.
     """
     try:
         sys.stdout.reconfigure(errors="backslashreplace")  # consoles that know fewer letters
@@ -40,7 +41,7 @@ def run_command(command) -> None:
     except InputError as error:
         fail(error, 2)
     except (FloatingPointError, OSError, SafetensorError) as error:  # the last: of a full disk
-        fail(error, 1)
+        fail(error, 2 if getattr(error, "errno", None) == errno.ENAMETOOLONG else 1)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -59,7 +60,7 @@ def fail(error, code: int) -> None:
 def read_json(path: str | Path):
     """What a JSON file holds; InputError naming it if it is missing or broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # editors add a mark
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except (OSError, RecursionError, ValueError) as error:

@@ -127,9 +127,11 @@ def first(value):
 
 
 def in_order(values: list) -> list:
-    """One list from everyone's, where process r has those of batches r, r + W, r + 2W, ..."""
+    """One list from everyone's, where process r has those of batches r, r + W, r + 2W, ...; where a
+    process has more of them than another, the rest follow.
+    """
     every = gather(values)
-    return [every[i % world()][i // world()] for i in range(sum(map(len, every)))]
+    return [mine[i] for i in range(max(map(len, every))) for mine in every if i < len(mine)]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -65,8 +65,10 @@ def read_names(path: Path) -> tuple[str, ...]:
     except UnicodeDecodeError:
         raise InputError(f"{path} is no UTF-8 text") from None
     names = tuple(line.strip() for line in lines)
-    if "" in names:                                  # skipping it would shift the later labels
-        raise InputError(f"{path}, line {names.index('') + 1} is empty: a class needs a name")
+    for i, name in enumerate(names):                 # skipping one would shift the later labels
+        if name in ("", *names[:i]):
+            raise InputError(f"{path}, line {i + 1}, {name!r}, is empty or there already: each "
+                             "class needs a name of its own")
     if not 2 <= len(names) <= 255:
         raise InputError(f"{path} names {len(names)} classes: 2 to 255 are possible")
     return names

@@ -126,52 +126,66 @@ def numbers(entry: dict, field: str, count: int, name: str) -> list:
     return found
 
 
+def check_keys(entry, kinds: dict[str, type], where: str) -> None:
+    """InputError, which begins with `where`, unless `entry` is an object that has all these keys,
+    each of its type.
+    """
+    for key, kind in kinds.items():
+        value = entry.get(key) if isinstance(entry, dict) else None
+        if type(value) is not kind or kind is int and abs(value) >= 1 << 63:
+            raise InputError(f"{where}: {key} must be there, "
+                             f"{'a text' if kind is str else 'an integer of 64 bits'}")
+
+
 def read_images(path: Path, entries: list) -> list[dict]:
     """The images of a COCO file, only the keys in use; InputError naming a bad one."""
     images, seen = [], set()
+    kinds = {"id": int, "width": int, "height": int, "file_name": str}
     for position, entry in enumerate(entries):
-        kinds = {"id": int, "width": int, "height": int, "file_name": str}
-        wrong = [key for key, kind in kinds.items()
-                 if not isinstance(entry, dict) or type(entry.get(key)) is not kind]
-        if wrong:
-            raise InputError(f"{path}, image number {position}: {wrong[0]} must be there, "
-                             f"{'a text' if wrong[0] == 'file_name' else 'an integer'}")
+        check_keys(entry, kinds, f"{path}, image number {position}")
         if min(entry["width"], entry["height"]) < 2:
             raise InputError(f"{path}, image {entry['id']} is {entry['width']}x{entry['height']}: "
                              "both sides must be 2 pixels or more")
-        if abs(entry["id"]) >= 1 << 63:
-            raise InputError(f"{path}, image number {position}: its id does not fit 64 bits")
-        if entry["id"] in seen:
-            raise InputError(f"{path}, image {entry['id']} is there twice: ids must differ")
-        seen.add(entry["id"])
+        for key in ("id", "file_name"):
+            if entry[key] in seen:
+                raise InputError(f"{path}, image {entry[key]} is there twice: each {key} is an "
+                                 "image's own")
+            seen.add(entry[key])
         images.append({key: entry[key] for key in kinds})
     return images
 
 
-def read_person(path: Path, position: int, entry, images: set) -> dict | None:
+def read_person(path: Path, position: int, entry, images: dict) -> dict | None:
     """One annotation with every key that scoring needs; None for other categories, or InputError.
 
+    `images`: those of the file by their id.
     A missing box or missing keypoints become zeros: such a person is no sample and scores nothing.
     """
-    where = f"{path}, annotation number {position}"
-    if not isinstance(entry, dict) or type(entry.get("id")) is not int:
-        raise InputError(f"{where}: an annotation is an object with an integer id")
+    kinds = {"id": int, "image_id": int, "category_id": int}
+    check_keys(entry, kinds, f"{path}, annotation number {position}")
     where = f"{path}, annotation {entry['id']}"
-    image = entry.get("image_id")
-    if type(image) is not int or image not in images:
-        raise InputError(f"{where}: image_id {image} is not among the file's images")
-    if entry.get("category_id") != PERSON:
+    if entry["image_id"] not in images:
+        raise InputError(f"{where}: image_id {entry['image_id']} is not among the file's images")
+    if entry["category_id"] != PERSON:
         return None
     entry = {"bbox": [0] * 4, "keypoints": [0] * 51, "iscrowd": 0, **entry}
     joints = numbers(entry, "keypoints", 51, where)
-    if entry.get("num_keypoints") and not any(v > 0 for v in joints[2::3]):
-        raise InputError(f"{where}: num_keypoints is {entry['num_keypoints']!r:.20}, but no joint "
-                         "is labelled (v, every third number of keypoints, is 0)")
     if "num_keypoints" not in entry:
         entry["num_keypoints"] = sum(max(xy) != 0 for xy in zip(joints[0::3], joints[1::3]))
-    return {"id": entry["id"], "image_id": image, "category_id": PERSON, "keypoints": joints,
-            "bbox": numbers(entry, "bbox", 4, where),
-            **{key: numbers(entry, key, 0, where) for key in ("area", "iscrowd", "num_keypoints")}}
+    area, crowd, count = (numbers(entry, key, 0, where)
+                          for key in ("area", "iscrowd", "num_keypoints"))
+    if crowd not in (0, 1) or count and not (area > 0 and any(joints[2::3])):
+        raise InputError(f"{where}: iscrowd {crowd}, area {area}, num_keypoints {count}: iscrowd "
+                         "is 0 or 1; a person with joints has an area above 0, and labels some (v, "
+                         "every third number of keypoints, is 1 or 2)")
+    width, height = (images[entry["image_id"]][side] for side in ("width", "height"))
+    for x, y, v in zip(joints[0::3], joints[1::3], joints[2::3]):
+        near = -width <= x <= 2 * width and -height <= y <= 2 * height
+        if v not in (0, 1, 2) or v and not near:
+            raise InputError(f"{where}: a joint is {x, y, v}: v is 0, 1 or 2, and a labelled joint "
+                             f"lies in or near its image, {width}x{height}")
+    return {**{key: entry[key] for key in kinds}, "keypoints": joints, "area": area,
+            "bbox": numbers(entry, "bbox", 4, where), "iscrowd": crowd, "num_keypoints": count}
 
 
 def read_coco(path: Path) -> dict:
@@ -183,7 +197,7 @@ def read_coco(path: Path) -> dict:
         raise InputError(f"{path} is no COCO keypoint file: it must be an object with the lists "
                          "'images' and 'annotations'")
     images = read_images(path, parts[0])
-    known = {image["id"] for image in images}
+    known = {image["id"]: image for image in images}
     people = [read_person(path, position, entry, known) for position, entry in enumerate(parts[1])]
     return {"images": images, "annotations": [p for p in people if p], "categories": [CATEGORY]}
 
@@ -250,6 +264,7 @@ def read_box(entry: dict, where: str) -> dict | None:
     name, number = entry.get("file_name"), entry.get("image_id")
     if not isinstance(name, str) and (type(number) is not int or abs(number) >= 1 << 63):
         raise InputError(f"{where}: file_name (a text) or image_id (an integer) must be there")
+    check_keys({"category_id": PERSON, **entry}, {"category_id": int}, where)
     if entry.get("category_id", PERSON) != PERSON:
         return None
     box = numbers(entry, "bbox", 4, where)

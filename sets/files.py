@@ -91,9 +91,10 @@ def check_some(load, length: int) -> list:
 
 
 def output_names(files: list[Path]) -> list[Path]:
-    """Each file's path without its suffix, with it where that is no longer unique."""
+    """Each file's path without its suffix; with it where the rest is not unique, or only dots."""
     stems = Counter(file.with_suffix("") for file in files)
-    names = [file if stems[file.with_suffix("")] > 1 else file.with_suffix("") for file in files]
+    names = [file if stems[file.with_suffix("")] > 1 or not file.stem.strip(".")
+             else file.with_suffix("") for file in files]
     return names if len(set(names)) == len(names) else files  # x.png, x.jpg, x.png.jpg
 
 

@@ -11,12 +11,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from data import Counted
 from heads import resize
 from model import MetaPromptModel
 from ops import draw
 from ops.device import autocast, device_of, to_batch
 from ops.errors import InputError
-from sets.files import relative_names
+from sets.files import CHECKED_FILES, relative_names
 from sets.nyu_kitti import recording
 from tasks.common import batches, bounded, merged
 
@@ -34,7 +35,7 @@ class Protocol:
     max_depth_eval: float = 80.0  # metres; the truth counts strictly below this
     min_depth_eval: float = 1e-3  # metres; and strictly above this
     units: float = 256.0  # of exported 16-bit PNGs, per metre
-    at_once: int = 1  # images in a batch; more than 1 only where all have one size
+    at_once: int = 1  # images in a batch, of neighbours that have one size
     max_side: int = 0  # your own pictures: longer side that the model gets; 0: twice the crop
 
 
@@ -106,6 +107,21 @@ def valid_depth(target: Tensor, protocol: Protocol) -> Tensor:
     return inside & (target > protocol.min_depth_eval) & (target < protocol.max_depth_eval)
 
 
+def check_range(dataset, recipe) -> None:
+    """InputError if no depth of the labels looked at counts, or the model's depths reach none."""
+    def counts(target: Tensor) -> bool:
+        valid = valid_depth(target, recipe.protocol)
+        return bool((valid & (target <= recipe.model.max_depth)).any())
+
+    places = range(0, len(dataset), max(1, len(dataset) // CHECKED_FILES))
+    found = (Counted(dataset)[0, index] for index in places)
+    if not any(counts(sample["target"]) for sample in found if not isinstance(sample, str)):
+        raise InputError(f"no depth of the {len(places)} labels checked is within "
+                         f"--min-depth-eval {recipe.protocol.min_depth_eval:g}, --max-depth-eval "
+                         f"{recipe.protocol.max_depth_eval:g} and the model's maximum, --max-depth "
+                         f"{recipe.model.max_depth:g} metres, inside the benchmark's box")
+
+
 def depth_metrics(prediction: Tensor, target: Tensor) -> dict[str, float]:
     """The nine metrics of one image from its valid pixels, both (P,) metres.
 
@@ -132,7 +148,7 @@ def evaluate(model: MetaPromptModel, dataset, protocol: Protocol, dtype: torch.d
     device = device_of(model)
     results, rows, places = [], [], depth_names(dataset.names()) if export is not None else {}
     for batch, images, target, drawn in batches(dataset, protocol.at_once, workers, device):
-        depth = predict(model, images, protocol, dtype)
+        depth = resize(predict(model, images, protocol, dtype)[None], target.shape[-2:])[0]
         depth = depth.nan_to_num(nan=protocol.min_depth_eval, posinf=protocol.max_depth_eval)
         results.append([])
         for i, name in enumerate(batch["name"]):
@@ -222,7 +238,8 @@ def save_sheet(path: Path, rows: list[tuple]) -> None:
     """
     known = np.concatenate([np.asarray(truth)[np.asarray(truth) > 0] for _, truth, _ in rows])
     nearest, farthest = (known.min(), known.max()) if known.size else (1.0, 10.0)
-    panels = [[draw.to_uint8(image), colour_depth(np.asarray(truth), nearest, farthest),
+    panels = [[draw.fit(draw.to_uint8(image), *np.asarray(truth).shape),
+               colour_depth(np.asarray(truth), nearest, farthest),
                colour_depth(np.asarray(depth), nearest, farthest),
                colour_error(np.asarray(depth), np.asarray(truth))]
               for image, truth, depth in rows]
@@ -260,8 +277,6 @@ def save_depth(path: Path, image: np.ndarray, depth: np.ndarray) -> None:
 
 def prepare(recipe, boxes: str | None) -> float:
     """Per metre, of a 16-bit PNG: the benchmark's, or fewer if the model sees farther than fits."""
-    if boxes:
-        raise InputError("--boxes is for pose: the model's task is depth")
     units, max_depth = recipe.protocol.units, recipe.model.max_depth
     return next((u for u in (units, 256.0, 100.0, 10.0) if u <= units and u * max_depth <= 65535),
                 1.0)

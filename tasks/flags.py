@@ -9,6 +9,7 @@ Which flags there are depends on task and data set: one that is not in the row's
 another setting makes idle, is refused.
 """
 import argparse
+import re
 import types
 import typing
 from dataclasses import replace
@@ -23,6 +24,7 @@ from weights.files import read_tensors
 
 FieldPath = tuple[str, ...]  # names of the fields that lead to a setting
 
+UNFIT = re.compile(r"^$|[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # as a word of a command line
 FOUND_OUT = ("task", "class_names", "num_classes", "fixed_prompts", "train_encoder")  # no flags
 UNUSED = {  # fields of the model and the run that a task does not read
     "seg": ("max_depth", "resize_scale", "deconv_channels", "sigma", "crop_width"),
@@ -108,8 +110,6 @@ def value_of(owner, name: str, words, flag: str):
         value = None if words == "none" and type(None) in kinds else words
     else:
         value = read_word(words) if isinstance(words, str) else words
-    if value == "":
-        raise InputError(f"{flag} is empty: leave it out, or give a value")
     return checked(hint, value, flag, name)
 
 
@@ -123,8 +123,14 @@ def with_flags(recipe: Recipe, given: dict) -> Recipe:
 
 
 def parse(parser: Parser, arguments: list[str], recipe: Recipe) -> argparse.Namespace:
-    """parser.parse_args, whose refusal says what an unknown flag belongs to."""
+    """parser.parse_args, whose refusal says what an unknown flag belongs to; no text is empty or
+    breaks a line.
+    """
     args, rest = parser.parse_known_args(arguments)
+    for name, value in vars(args).items():
+        if isinstance(value, str) and UNFIT.search(value):
+            raise InputError(f"--{name.replace('_', '-')} is {value!r}: leave it out, or give a "
+                             "value that can be printed in one line")
     for word in rest:
         name = word.removeprefix("--").split("=")[0].replace("-", "_").removeprefix("no_")
         if not word.startswith("--"):
@@ -176,12 +182,10 @@ def resumed(arguments: list[str]) -> Path | None:
     only = Parser("")
     only.add_argument("--resume")
     chosen, others = only.parse_known_args([a for a in arguments if a not in HELP])
-    if chosen.resume is None:
-        return None
+    if chosen.resume is None or UNFIT.search(chosen.resume):
+        return None                                      # the latter is refused by `parse`
     if others:
         raise InputError(f"--resume RUN takes the run's recipe: leave out {others[0]}")
-    if not chosen.resume:
-        raise InputError("--resume RUN takes the run's recipe: name the folder")
     return Path(chosen.resume)
 
 
@@ -197,15 +201,21 @@ def finish(recipe: Recipe, given: dict) -> Recipe:
     return replace(recipe, out=recipe.out or free_folder(f"runs/{recipe.task}-{recipe.dataset}"))
 
 
-def check_idle(recipe: Recipe, given: dict) -> None:
-    """InputError for a given flag that another setting makes idle."""
+def check_idle(recipe: Recipe, given: dict, tta: bool = False, pictures: bool = False) -> None:
+    """InputError for a given flag that another setting makes idle, or eval.py's --tta; `pictures`:
+    the user's own are predicted, not the data set's.
+    """
+    rendered = recipe.dataset == "shapes" and not (pictures or tta)
     widths = [name for name in given if name.startswith(("unet_c", "unet_g", "unet_la", "vae_"))]
     of_encoder = [name for name in widths if name.startswith(("vae_", "unet_la"))]
     idle = [(("min_lr",), recipe.schedule != "two-phase", f"--schedule {recipe.schedule}"),
             (("warmup", "warmup_ratio"), recipe.schedule == "two-phase", "--schedule two-phase"),
             (("stride",), getattr(recipe.protocol, "window", 1) is None, "no --window"),
+            (("ratios", "flip"), tta, "--tta, which sets it"),
+            (("scale",), rendered and getattr(recipe.protocol, "ratios", ()) == (1.0,),
+             "scenes rendered at the size of --crop"),
             (widths, recipe.init == "pretrained", "pretrained weights, whose files say the widths"),
-            (of_encoder, recipe.init == "random-unet", "a pretrained encoder, whose files say them")]
+            (of_encoder, recipe.init == "random-unet", "a pretrained encoder, whose files say it")]
     for names, applies, why in idle:
         for name in names:
             if applies and name in given:
@@ -230,21 +240,13 @@ def with_prompts(recipe: Recipe, given: dict) -> Recipe:
 
 def read_prompts(path: Path, dim: int) -> Tensor:
     """The one tensor of a .safetensors file, (N, dim), in float32; InputError for anything else."""
-    wanted = f"one tensor (N, {dim}), a text embedding per row, is wanted"
-    if not path.is_file():
-        raise InputError(f"--prompts {path} does not exist")
-    if path.suffix != ".safetensors":
-        raise InputError(f"--prompts {path} is not a .safetensors file: {wanted}")
     tensors = read_tensors(path)
-    if len(tensors) > 1:
-        raise InputError(f"--prompts {path} holds {len(tensors)} tensors: {wanted}")
-    (name, tensor), = tensors.items()
-    if tensor.ndim != 2 or not len(tensor) or tensor.shape[1] != dim:
-        raise InputError(f"--prompts {path}: {name} has shape {tuple(tensor.shape)}, {wanted}; "
-                         f"{dim} is --unet-context-dim, the width that the UNet reads")
-    if not tensor.is_floating_point() or not tensor.isfinite().all():
-        raise InputError(f"--prompts {path}: {name} holds values that are no finite floats "
-                         f"({tensor.dtype}); {wanted}")
+    tensor = next(iter(tensors.values()))
+    if len(tensors) > 1 or tensor.shape != (tensor.numel() // dim, dim) or not tensor.numel() \
+            or not tensor.is_floating_point() or not tensor.isfinite().all():
+        raise InputError(f"--prompts {path} holds {len(tensors)} tensors, the first of shape "
+                         f"{tuple(tensor.shape)} and {tensor.dtype}: one of finite floats (N, {dim}"
+                         f"), a text embedding per row, is wanted; --unet-context-dim is {dim}")
     return tensor.float()
 
 

@@ -225,3 +225,11 @@ def read_recipe(path: Path) -> Recipe:
     recipe = from_dict(Recipe, {**values, **nested}, str(path))
     check(recipe)
     return recipe
+
+
+def check_model(recipe: Recipe, path: Path, config: Config, folder: Path) -> None:
+    """InputError if the model in `folder` is not the one of the recipe that `path` holds."""
+    differing = [name for name, value in vars(config).items()
+                 if value != getattr(recipe.model, name)]
+    if differing:
+        raise InputError(f"{folder}/config.json and {path} disagree about {', '.join(differing)}")

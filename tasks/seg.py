@@ -35,7 +35,7 @@ class Protocol:
     stride: int | None = None  # of the windows; the last ones are moved back to the edge
     ratios: tuple[float, ...] = (1.0,)  # of `scale`; several: probabilities averaged
     flip: bool = False  # average with the mirror image's probabilities
-    at_once: int = 1  # images in a batch; more than 1 only where all have one size
+    at_once: int = 1  # images in a batch, of neighbours that have one size
     max_side: int = 0  # your own pictures, without `scale`: longer side; 0: twice the crop
 
     def __post_init__(self):
@@ -262,8 +262,6 @@ def save_overlay(path: Path, image: np.ndarray, labels: np.ndarray, classes: Cla
 
 def prepare(recipe, boxes: str | None) -> Classes:
     """Names and colours of the model's classes; InputError if the data set has another number."""
-    if boxes:
-        raise InputError("--boxes is for pose: the model's task is seg")
     names = recipe.model.class_names or tuple(f"class {i}" for i in range(recipe.model.num_classes))
     classes = recipe.files.classes(names)
     if len(classes.names) != recipe.model.num_classes:

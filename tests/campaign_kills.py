@@ -336,8 +336,8 @@ def real_run(run: Path, say) -> None:
                   "--batch", 2)
     saved = checkpoint.save_last
 
-    def save_and_say(folder, model, optimizer, state):
-        saved(folder, model, optimizer, state)
+    def save_and_say(folder, model, optimizer, state, recipe):
+        saved(folder, model, optimizer, state, recipe)
         say("saved", state.step)
 
     checkpoint.save_last = save_and_say                  # in this child only

@@ -88,11 +88,13 @@ def test_ade20k_export(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     (None, "classes.txt is missing"), ("sky\n", "classes.txt names 1 classes"),
-    ("sky\n\nroad\n", "classes.txt, line 2 is empty"), ("", "classes.txt, line 1 is empty"),
-    ("x\n" * 256, "classes.txt names 256 classes"),
+    ("sky\n\nroad\n", "classes.txt, line 2, '', is empty"), ("", "line 1, '', is empty"),
+    ("sky\nroad\nsky \n", "classes.txt, line 3, 'sky', is empty or there already"),
+    ("".join(f"{i}\n" for i in range(256)), "classes.txt names 256 classes"),
     (b"caf\xe9\nroad\n", "classes.txt is no UTF-8")])
 def test_bad_classes_txt(folder, text, message):
-    """A classes.txt that is missing, not text, too short, too long or has a gap is refused."""
+    """Refused: a file that is missing, no text, too short or long, with a gap or a name twice.
+    """
     file = folder / "classes.txt"
     file.unlink()
     if text is not None:

@@ -115,7 +115,7 @@ def test_evaluation_sample(tmp_path):
 def test_evaluation_samples_are_collated(tmp_path):
     """A loader stacks what evaluation needs."""
     dataset = opened(make_people(tmp_path))
-    batch, _ = next(iter(data.eval_loader(dataset, 2, 0)))
+    (batch,), _ = next(iter(data.eval_loader(dataset, 2, 0)))
     assert batch["image"].shape == (2, 3, *CROP) and batch["scale"].shape == (2, 2)
     assert batch["image_id"].tolist() == [9, 7] and batch["id"].tolist() == [0, 1]
     assert batch["scale"].dtype == torch.float64
@@ -208,12 +208,21 @@ def test_paths_replace_the_layout(tmp_path):
     (person(8, bbox=[1, 2, 3]), r"annotation 8: bbox is .*\(3 values\), but should be a list of 4"),
     (person(8, bbox="all"),
      "annotation 8: bbox is 'all', but should be a list of 4 finite numbers"),
-    (person(8, keypoints=[0] * 51), "annotation 8: num_keypoints is 17, but no joint is labelled"),
+    (person(8, keypoints=[0] * 51), "annotation 8: .*num_keypoints 17: .*labels some"),
     (person(8, area=None), "annotation 8: area is None, but should be a finite number"),
     (person(8, bbox=[120, 5, 9, 9]), r"annotation 8: its box \[120, 5, 9, 9\].*image 7, 100x80"),
     (person(8, bbox=[5, -30, 9, 9]), "annotation 8: its box.*is outside image 7"),
-    (person("8"), "annotation number 1: an annotation is an object with an integer id"),
-    ("text", "annotation number 1: an annotation is an object")])
+    (person(8, category_id="1"), "annotation number 1: category_id must be there, an integer"),
+    (person(8, category_id=True), "annotation number 1: category_id must be there, an integer"),
+    (person(8, iscrowd=2), "annotation 8: iscrowd 2, area 1500.5, .*: iscrowd is 0 or 1"),
+    (person(8, area=0), "annotation 8: iscrowd 0, area 0, .* has an area above 0"),
+    (person(8, area=-3.5), "annotation 8: iscrowd 0, area -3.5"),
+    (person(8, keypoints=[50, 40, 2] * 16 + [1e6, 40, 1]),
+     r"annotation 8: a joint is \(1000000.0, 40, 1\): .* in or near its image, 100x80"),
+    (person(8, keypoints=[50, 40, 2] * 16 + [50, -81, 2]), r"a joint is \(50, -81, 2"),
+    (person(8, keypoints=[50, 40, 3] * 17), "annotation 8: a joint is .*: v is 0, 1 or 2"),
+    (person("8"), "annotation number 1: id must be there, an integer"),
+    ("text", "annotation number 1: id must be there")])
 def test_bad_annotations_are_named(tmp_path, entry, named):
     """File, annotation and what would be right, in one line."""
     make_people(tmp_path, [person(1), entry])
@@ -224,6 +233,7 @@ def test_bad_annotations_are_named(tmp_path, entry, named):
 
 @pytest.mark.parametrize("images,named", [
     ([image_entry(7, "a.png"), image_entry(7, "b.png")], "image 7 is there twice"),
+    ([image_entry(7, "a.png"), image_entry(8, "a.png")], "image a.png is there twice: each file"),
     ([image_entry(7, "a.png", height=1)], "image 7 is 100x1: both sides must be 2"),
     ([image_entry(7, "a.png", width="80")], "image number 0: width must be there, an integer"),
     ([{"id": 7, "width": 5, "height": 5}], "image number 0: file_name must be there, a text"),
@@ -266,12 +276,19 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (detection(score=None), "score is None, but should be a finite number"),
     (detection(score="0.9"), "score is '0.9', but should be a finite number"),
     (detection(score=10 ** 400), "score is 1000.*, but should be a finite number"),
+    (detection(category_id="1"), "category_id must be there, an integer"),
     (detection("1"), "file_name .a text. or image_id .an integer. must be there")])
 def test_bad_boxes_are_named(tmp_path, entry, named):
     """File, entry and what would be right."""
     with pytest.raises(InputError, match=f"found.json, entry number 1: {named}") as error:
         read_boxes(Path(write_boxes(tmp_path, [detection(), entry])))
     assert "\n" not in str(error.value)
+
+
+def test_joints_need_not_lie_inside(tmp_path):
+    """A labelled one a little outside is data, and an unlabelled one has no place."""
+    joints = [50, 40, 2] * 15 + [130, -20, 1] + [1e6, 1e6, 0]
+    assert len(opened(make_people(tmp_path, [person(1, keypoints=joints)]), "train")) == 1
 
 
 @pytest.mark.parametrize("content,named", [
@@ -372,7 +389,8 @@ def test_the_full_recipe_takes_a_step_in_bfloat16(tmp_path):
 
 def test_numbers_that_are_no_measurements_are_refused(tmp_path):
     """True is no id, 1e12 no place in an image."""
-    for entry, named in ((person(True), "an integer id"), (person(8, image=True), "image_id True"),
+    for entry, named in ((person(True), ": id must be there, an integer"),
+                         (person(8, image=True), "image_id must be there, an integer"),
                          (person(8, keypoints=[1e12, 1, 2] * 17), "finite numbers")):
         make_people(tmp_path, [person(1), entry])
         with pytest.raises(InputError, match=named):

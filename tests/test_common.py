@@ -29,7 +29,8 @@ class Numbers:
         return 10
 
     def __getitem__(self, key):
-        return {"image": torch.tensor([float(key[1])]), "target": torch.tensor(key[1]), "name": "x"}
+        return {"image": torch.full((1, 64, 64), float(key[1])), "target": torch.tensor(key[1]),
+                "name": "x"}
 
 
 @pytest.mark.parametrize("at_once, sizes", [(1, [1] * 10), (4, [4, 4, 2]), (16, [10])])
@@ -38,7 +39,7 @@ def test_batches_are_the_set_in_order(at_once, sizes):
     parts = list(batches(Numbers(), at_once, 0, torch.device("cpu")))
     assert [len(images) for _, images, _, _ in parts] == sizes
     assert merged([target.tolist() for _, _, target, _ in parts]) == list(range(10))
-    drawn = [int(images[i]) for _, images, _, chosen in parts for i in chosen]
+    drawn = [int(images[i, 0, 0, 0]) for _, images, _, chosen in parts for i in chosen]
     assert drawn == [0, 1, 2, 3, 5, 6, 7, 8]
 
 

@@ -85,9 +85,9 @@ def test_eval_loader_covers_once(batch):
     """Every scene once, in order, the last batch as large as what is left."""
     dataset = Shapes(5, "seg", trees.cut("val", side=32))
     batches = list(data.eval_loader(dataset, batch, workers=0))
-    names = [name for b, _ in batches for name in b["name"]]
+    names = [name for (b,), _ in batches for name in b["name"]]
     assert names == [dataset[0, index]["name"] for index in range(5)] == dataset.names()
-    assert [len(b["image"]) for b, _ in batches][:-1] == [batch] * (len(batches) - 1)
+    assert [len(b["image"]) for (b,), _ in batches][:-1] == [batch] * (len(batches) - 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,13 +129,22 @@ def test_error_in_a_worker(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_evaluation_leaves_unreadable_files_out(tmp_path, workers):
-    """Their messages come beside the batch of the others; a batch of nothing else is None."""
+    """Their messages come beside the batch of the others, if there are any."""
     dataset = opened(tmp_path / "d", "val")
     paths = spoil(dataset, 1, 2, 3)
-    (samples, messages), (none, rest) = data.eval_loader(dataset, 2, workers)
-    assert samples["name"] == [dataset.name(0)] and none is None
+    ((samples,), messages), (none, rest) = data.eval_loader(dataset, 2, workers)
+    assert samples["name"] == [dataset.name(0)] and none == []
     assert all(f"{path} cannot be decoded" in message
                for path, message in zip(paths, messages + rest, strict=True))
+
+
+def test_a_batch_has_one_size(tmp_path):
+    """Of images of several sizes only neighbours of one are batched, in the set's order."""
+    root = make_folder(tmp_path / "d", [(80, 70), (80, 70), (64, 70), (80, 70), (80, 70)])
+    dataset = replace(RECIPES["seg", "folder"].files, data=str(root)).open(trees.cut("val"))
+    ((first, second), _), ((third,), _) = data.eval_loader(dataset, 3, 0)
+    assert [first["name"], second["name"], third["name"]] == \
+        [dataset.names()[:2], dataset.names()[2:3], dataset.names()[3:]]
 
 
 def test_the_next_sample_stands_in_for_an_unreadable_one(tmp_path):

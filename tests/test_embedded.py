@@ -184,7 +184,7 @@ def test_perfect_heatmaps_score_one(small, tmp_path):
     """Targets decoded and sent back to the image get AP 1 from pycocotools on the annotations."""
     dataset = people(6, "val", crop=(256, 192))
     results = []
-    for batch, _ in data.eval_loader(dataset, 4, 0):
+    for (batch,), _ in data.eval_loader(dataset, 4, 0):
         maps, _ = udp.heatmap_targets(batch["target"], (256, 192), (64, 48), 2)
         xy, score = udp.decode(maps, 11)
         xy = udp.to_image(xy, batch["center"], batch["scale"], (64, 48))

@@ -47,8 +47,9 @@ def test_json_files_that_cannot_be_read_are_named(tmp_path):
         read_json(tmp_path / "none")
     with pytest.raises(InputError, match="is not valid JSON"):
         read_json(tmp_path)
-    (tmp_path / "good").write_text('{"a": [1, null]}')
-    assert read_json(tmp_path / "good") == {"a": [1, None]}
+    for encoding in ("utf-8", "utf-8-sig"):              # the latter: with a byte-order mark
+        (tmp_path / "good").write_text('{"a": [1, null]}', encoding=encoding)
+        assert read_json(tmp_path / "good") == {"a": [1, None]}
 
 
 @pytest.mark.parametrize("text, shown", [
@@ -63,6 +64,8 @@ def test_messages_are_printable(monkeypatch, capsys, text, shown):
 
 @pytest.mark.parametrize("error, code, line", [
     (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    (OSError(36, "File name too long", "x" * 300), 2,
+     f"error: [Errno 36] File name too long: '{'x' * 300}'\n"),
     (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
     (SafetensorError("I/O error: No space left"), 1, "error: I/O error: No space left\n"),
     (MemoryError(), 1, "error: out of memory\n"),

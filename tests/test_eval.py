@@ -3,6 +3,7 @@
     pytest tests/test_eval.py
 """
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import eval as evaluation
 from model import MetaPromptModel
 from ops.errors import InputError
 from ops.settings import comments
+from sets import shapes
 from sets.embedded import COLOURS
 from sets.files import load_label
+from tasks import TASKS
 from tasks.flags import show
 from tasks.recipes import RECIPES, read_recipe
 
@@ -280,8 +283,41 @@ def test_a_model_without_a_run_predicts_pictures(runs, photos, tmp_path, monkeyp
     assert beside.read_bytes() == (tmp_path / "o" / "deep_depth.png").read_bytes()
 
 
+@pytest.mark.parametrize("task", ["seg", "depth"])
+def test_labelled_images_have_any_size(runs, tmp_path, monkeypatch, task):
+    """Down to a pixel, and several sizes at once: the figures are those of one image at a time."""
+    for i, size in enumerate([(1, 1), (3, 5), (70, 80), (70, 80), (2, 90)]):
+        save_image(tmp_path / "images" / "val" / f"{i}.png", noise(*size))
+        label = np.full(size, i % 2, np.uint8) if task == "seg" else np.full(size, 5000, np.uint16)
+        folder = tmp_path / {"seg": "labels", "depth": "depths"}[task]
+        save_image(folder / "val" / f"{i}.png", label)
+    (tmp_path / "classes.txt").write_text("\n".join(shapes.CLASSES))
+    reports = []
+    for at_once in (1, 2):
+        asked(monkeypatch, "--checkpoint", runs / task, "--dataset", "folder", "--data", tmp_path,
+              "--at-once", at_once, "--out", tmp_path / "o")
+        reports.append(json.loads((tmp_path / "o" / "metrics.json").read_text()))
+    for name in ("images", TASKS[task].METRIC[0]):
+        assert reports[0][name] == pytest.approx(reports[1][name], rel=1e-3)
+    assert reports[0]["images"] == 5
+
+
 # ------------------------------------------------------------------------------------------------
 # Refused
+
+def test_the_recipe_of_another_model_is_refused(runs, tmp_path, monkeypatch):
+    """A recipe.json that was put beside a model by hand must describe it."""
+    shutil.copytree(runs / "seg" / "best", tmp_path / "r" / "best")
+    for named, value in (("num_prompts", 5), ("class_names", [])):
+        values = json.loads((runs / "seg" / "recipe.json").read_text())
+        values["model"][named] = value
+        (tmp_path / "r" / "recipe.json").write_text(json.dumps(values))
+        with pytest.raises(InputError, match=f"r.recipe.json disagree about {named}"):
+            asked(monkeypatch, "--checkpoint", tmp_path / "r")
+    shutil.copy(runs / "depth" / "recipe.json", tmp_path / "r" / "recipe.json")
+    with pytest.raises(InputError, match="disagree about task"):
+        asked(monkeypatch, "--checkpoint", tmp_path / "r")
+
 
 @pytest.mark.parametrize("task, flags, message", [
     ("seg", ["--image", "nowhere"], "--image nowhere does not exist"),
@@ -293,10 +329,17 @@ def test_a_model_without_a_run_predicts_pictures(runs, photos, tmp_path, monkeyp
     ("seg", ["--image", "GOOD", "--max-side", "63"], "--max-side 63: 64 pixels or more"),
     ("seg", ["--max-side", "128"], "--max-side is about your own pictures"),
     ("seg", ["--image", "GOOD", "--export", "x"], "--export is about a labelled data set"),
-    ("seg", ["--image", "GOOD", "--boxes", "x"], "--boxes is for pose: the model's task is seg"),
-    ("depth", ["--image", "GOOD", "--boxes", "x"], "--boxes is for pose: the model's task is d"),
+    ("seg", ["--image", "GOOD", "--boxes", "x"], "--boxes x: seg on shapes takes none"),
+    ("depth", ["--image", "GOOD", "--boxes", "x"], "--boxes x: depth on shapes takes none"),
     ("seg", ["--export", "BAD"], "--export .*broken.png can't be written"),
-    ("seg", ["--save", ""], "--save is empty: leave it out"),
+    ("seg", ["--save", ""], "--save is '': leave it out"),
+    ("seg", ["--image", ""], "--image is '': leave it out"),
+    ("seg", ["--out", "a\nb"], r"--out is 'a\\nb'"),
+    ("seg", ["--tta", "--ratios", "1", "2"], "--ratios would do nothing: the recipe has --tta"),
+    ("seg", ["--tta", "--no-flip"], "--flip would do nothing: the recipe has --tta"),
+    ("seg", ["--scale", "512", "128"], "--scale would do nothing"),
+    ("depth", ["--min-depth-eval", "9", "--max-depth-eval", "9"], "9: must be below --max-depth"),
+    ("depth", ["--max-depth-eval", "0.1"], "no depth of the 2 labels checked is within"),
     ("seg", ["--boxes", "x"], "--boxes x: seg on shapes takes none"),
     ("seg", ["--image", "GOOD", "--dataset", "ade20k"], "predicts 7 classes.*ade20k has 150"),
     ("seg", ["--image", "GOOD", "--val-scenes", "1"], "--val-scenes is no flag of this command"),

@@ -86,7 +86,7 @@ def test_every_flag_arrives_with_its_type(key):
 def test_a_rows_own_values_as_flags_give_the_row(tmp_path, task):
     """What is written out is what would have been taken, none included."""
     plain = resolve(["--task", task, "--out", str(tmp_path)])[0]
-    idle = {"min_lr", *(["stride"] if task == "seg" else [])}
+    idle = {"min_lr", *(["stride", "scale"] if task == "seg" else [])}
     widths = ("unet_c", "unet_g", "unet_la", "vae_")                    # the files say them
     words = [word for name, path in flag_paths(plain).items()
              if name not in idle and not name.startswith(widths)
@@ -142,6 +142,7 @@ PRETRAINED = ["--dataset", "ade20k", "--data", "x"]
     (["--task", "depth", "--schedule", "two-phase", "--warmup", "3"], "has --schedule two-phase"),
     (["--schedule", "two-phase", "--warmup-ratio", "0.5"], "--warmup-ratio would do nothing"),
     (["--stride", "32"], "--stride would do nothing: the recipe has no --window"),
+    (["--scale", "512", "128"], "--scale would do nothing: the recipe has scenes rendered at"),
     ([*PRETRAINED, "--unet-channels", "32", "32", "32", "32"], "pretrained weights"),
     ([*PRETRAINED, "--unet-context-dim", "32"], "pretrained weights, whose files say the widths"),
     ([*PRETRAINED, "--unet-latent-channels", "8", "--vae-latent-channels", "8"],
@@ -149,7 +150,7 @@ PRETRAINED = ["--dataset", "ade20k", "--data", "x"]
     ([*PRETRAINED, "--unet-layers", "1"], "--unet-layers would do nothing"),
     ([*PRETRAINED, "--unet-groups", "8"], "--unet-groups would do nothing"),
     ([*PRETRAINED, "--vae-groups", "8"], "--vae-groups would do nothing"),
-    (["--init", "random-unet", "--vae-groups", "8"], "a pretrained encoder, whose files say them")])
+    (["--init", "random-unet", "--vae-groups", "8"], "a pretrained encoder, whose files say it")])
 def test_idle_flags_are_refused(flags, why, monkeypatch, capsys):
     """A setting that another one makes idle is not accepted in silence."""
     code, stderr = refused(train.main, monkeypatch, capsys, *flags)
@@ -189,7 +190,8 @@ BAD_FLAGS = [
     (["--precision", "float16"], "--precision is 'float16', possible are"),
     (["--window", "64"], "--window 64 needs a --stride of 1 to 64 pixels: it is None"),
     (["--window", "64", "--stride", "65"], "needs a --stride"),
-    (["--out", ""], "--out is empty"),
+    (["--out", ""], "--out is ''"), (["--out", "a\nb"], r"--out is 'a\nb'"),
+    (["--backbone=\x1b[31m"], r"--backbone is '\x1b[31m'"),
     (["--lr"], "expected one argument"),
     (["--device", "gpu"], "--device gpu is unknown"),
     (["--device", "cuda"], "sees 0 GPUs")]
@@ -218,7 +220,7 @@ def test_a_missing_data_folder_is_named(tmp_path, monkeypatch, capsys, flags, me
 
 @pytest.mark.parametrize("words, message", [
     (["--resume", "RUN", "--lr", "1"], "leave out --lr"),
-    (["--resume", ""], "name the folder"), (["--resume", "RUN"], "recipe.json does not exist")])
+    (["--resume", ""], "--resume is ''"), (["--resume", "RUN"], "recipe.json does not exist")])
 def test_resume_takes_no_other_flags(tmp_path, monkeypatch, capsys, words, message):
     """The recipe of a run is its own: a flag beside --resume is refused."""
     words = [tmp_path if word == "RUN" else word for word in words]
@@ -264,10 +266,10 @@ def test_prompts_say_how_many_they_are(tmp_path, flags, adapter):
 
 
 BAD_PROMPTS = [
-    ("missing", "does not exist"), ("pickle", "is not a .safetensors file"),
+    ("missing", "No such file"), ("pickle", "is not a complete .safetensors file"),
     ("truncated", "not a complete"), ("two", "holds 2 tensors"), ("width", "shape (4, 17)"),
     ("vector", "shape (16,)"), ("none", "shape (0, 16)"), ("integers", "int64"),
-    ("nan", "no finite floats"), ("other count", "--num-prompts 4")]
+    ("nan", "one of finite floats (N, 16)"), ("other count", "--num-prompts 4")]
 
 
 @pytest.mark.parametrize("kind,message", BAD_PROMPTS)
@@ -280,6 +282,8 @@ def test_bad_prompt_files_are_refused_in_one_line(tmp_path, kind, message):
     more = {"q": torch.ones(4, 16)} if kind == "two" else {}
     if kind != "missing":
         save_file({"p": tensors.get(kind, torch.ones(4, 16)), **more}, path)
+    if kind == "pickle":
+        torch.save(torch.ones(4, 16), path)
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError) as error:
@@ -289,7 +293,7 @@ def test_bad_prompt_files_are_refused_in_one_line(tmp_path, kind, message):
 
 
 @pytest.mark.parametrize("words", [["--resume=runs/x", "--iterations=50"],
-                                   ["--resume", "runs/x", "--lr=1"], ["--resume="]])
+                                   ["--resume", "runs/x", "--lr=1"]])
 def test_resume_takes_no_other_flag_however_it_is_written(words):
     """--resume=RUN --flag=value is refused like --resume RUN --flag value."""
     with pytest.raises(InputError, match="--resume RUN takes the run's recipe"):

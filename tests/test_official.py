@@ -214,6 +214,11 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
                             (tmp_path / "no", "does not exist")):
         with pytest.raises(InputError, match=message):
             MetaPromptModel.from_official(source)
+    for junk in (b"\x89PNG\r\n\x1a\n", b"\xff" * 300, b'{"a": 1}'):
+        (tmp_path / "junk").write_bytes(junk)
+        with pytest.raises(InputError, match="junk (holds no torch|is not a complete)") as error:
+            MetaPromptModel.from_official(tmp_path / "junk")
+        assert "weights_only" not in str(error.value)    # which torch's message advises against
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(InputError, match="neither a state_dict nor a model"):
         MetaPromptModel.from_official(tmp_path / "list.pth")

@@ -54,12 +54,23 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
                 pass
 
 
-def test_the_log_goes_on_at_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.json", "recipe.json.tmp", "pictures",
+                                  "best", "last.tmp", "last.previous"])
+def test_what_is_in_the_way_is_named_at_the_start(tmp_path, name):
+    """A folder where a file will be written, a file where a folder will be."""
+    (tmp_path / name).touch() if "json" not in name else (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"{name} is in the way"):
+        with RunFolder(tmp_path, True):
+            pass
+
+
+def test_the_log_goes_on_at_the_checkpoint(tmp_path, capsys):
     """Records after its step are dropped, and so is a line that was torn; new ones follow."""
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 0.5}) for step in (1, 2, 3)]
     path.write_bytes("\n".join([*lines, '{"step": 2, "lo']).encode() + b"\n\xff\xfe\n[3]\n")
     assert [record["step"] for record in read_log(path)] == [1, 2, 3]
+    assert f"left out   3 lines of {path} that are no records" in capsys.readouterr().out
     log = Log(path, 2)
     log.write({"step": 3, "loss": 0.25})
     assert path.read_text() == "\n".join([*lines[:2], '{"step": 3, "loss": 0.25}']) + "\n"

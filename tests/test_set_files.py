@@ -86,6 +86,12 @@ def test_names_of_exported_files():
         "/d/v/a/x.png": Path("a/x"), "/d/v/b/x.png": Path("b/x")}
 
 
+def test_names_of_dots_keep_their_suffix():
+    """Of "..png" only "." would be left, a name that leads out of the folder of the results."""
+    assert files.output_names([Path("a/..png"), Path("a/...jpg"), Path("a/x.png")]) == [
+        Path("a/..png"), Path("a/...jpg"), Path("a/x")]
+
+
 # ------------------------------------------------------------------------------------------------
 # Images
 

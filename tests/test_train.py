@@ -64,8 +64,8 @@ def test_resuming_is_exact_to_the_bit(tmp_path):
 
         saved = checkpoint.save_last
 
-        def save_then_stop(run, model, optimizer, state):
-            saved(run, model, optimizer, state)
+        def save_then_stop(run, model, optimizer, state, *rest):
+            saved(run, model, optimizer, state, *rest)
             if state.step == stop:
                 raise Stop
 
@@ -113,7 +113,9 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch, capsys, num
 
 @pytest.mark.parametrize("kind, message", [
     ("config", "disagree about num_prompts"), ("classes", "was trained on the classes"),
-    ("steps", "state.json: step 2 of 1"), ("state", "state.json lacks the field best")])
+    ("steps", "state.json: step 2 of 1"), ("state", "state.json lacks the field best"),
+    ("best", "state.json: step 2 of 2, best mIoU 1.5: no run gets there"),
+    ("worst", "state.json: step 2 of 2, best mIoU -7: no run gets there")])
 def test_a_run_that_does_not_fit_its_recipe_is_not_resumed(tmp_path, kind, message):
     """The line names the files that disagree, or the classes then and now."""
     data = make_folder(tmp_path / "d")
@@ -128,9 +130,32 @@ def test_a_run_that_does_not_fit_its_recipe_is_not_resumed(tmp_path, kind, messa
     elif kind == "steps":
         made = replace(made, iterations=1)
     else:
-        (tmp_path / "r" / "last" / "state.json").write_text('{"step": 2, "evaluated": 2}')
+        best = {"best": ', "best": 1.5', "worst": ', "best": -7'}.get(kind, "")
+        (tmp_path / "r" / "last" / "state.json").write_text(f'{{"step": 2, "evaluated": 2{best}}}')
     with pytest.raises(InputError, match=message):
         train.train(made, resume=True)
+
+
+def test_what_was_edited_in_a_recipe_is_said(tmp_path, capsys):
+    """Resumed with other settings than those of the save, a run goes on; a line names them."""
+    train.train(recipe(tmp_path / "r", "--iterations", 1), resume=False)
+    made = read_recipe(tmp_path / "r" / "recipe.json")
+    capsys.readouterr()
+    train.train(replace(made, iterations=2, lr=1e-3), resume=True)
+    assert "at step 1; recipe.json was edited since: iterations 1 is now 2, lr 0.005 is now 0.001" \
+        in capsys.readouterr().out
+    train.train(replace(made, iterations=3, lr=1e-3), resume=True)
+    assert "edited since: iterations 2 is now 3\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--max-depth", 0.1], ["--max-depth-eval", 0.1],
+                                   ["--max-depth-eval", 90, "--min-depth-eval", 85]])
+def test_a_range_of_depths_without_a_label_is_refused(tmp_path, monkeypatch, capsys, flags):
+    """Before training, not at its end; nothing is written."""
+    code, stderr = refused(train.main, monkeypatch, capsys, "--task", "depth", *FLAGS, "--out",
+                           tmp_path / "r", *flags)
+    assert code == 2 and "no depth of the 2 labels checked is within" in stderr
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Checkpoints of a training run: complete at every instant, loaded strictly, no pickle.
 
-    RUN/last/            config.json, model.safetensors, optimizer.safetensors, state.json
+    RUN/last/            config.json, model.safetensors, optimizer.safetensors, state.json; and
+                         recipe.json, as it was then
     RUN/last.previous/   the one before, in case the newest proves unreadable
     RUN/best/            config.json, model.safetensors, README.md (model card)
 
@@ -105,9 +106,9 @@ def finish(folder: Path, files: tuple[str, ...], last: str) -> None:
     If the disk is full, what was written of it is removed and the old one stays.
     """
     new = folder.with_name(folder.name + ".tmp")
-    for name in files[:-1]:
-        os.chmod(new / name, 0o666 & ~UMASK)             # safetensors' files are the user's alone
-        flush(new / name)
+    for path in new.iterdir():
+        os.chmod(path, 0o666 & ~UMASK)                   # safetensors' files are the user's alone
+        flush(path)
     write_text(new / files[-1], last)
     recover(folder, files)
 
@@ -185,9 +186,9 @@ def save_best(run: Path, model: nn.Module, card: str = "") -> None:
     remove(run / "best.previous")
 
 
-def save_last(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
-              state: State) -> None:
-    """Write RUN/last: weights, optimiser and `state`."""
+def save_last(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State,
+              recipe: dict | None = None) -> None:
+    """Write RUN/last: weights, optimiser, `state`, and the recipe that led there."""
     check_finite(model)
     folder = begin(run / "last", LAST)
     try:
@@ -196,6 +197,8 @@ def save_last(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
                    for name, parameter in model.named_parameters()
                    for key, value in optimizer.state.get(parameter, {}).items()}
         save_file(moments, folder / "optimizer.safetensors")
+        if recipe is not None:
+            write_json(folder / "recipe.json", recipe)
         finish(run / "last", LAST, json.dumps(vars(state), indent=2) + "\n")
     except BaseException:
         remove(folder)

@@ -68,9 +68,9 @@ def unpickle(path: Path) -> dict:
         with torch.serialization.safe_globals(SAFE_CLASSES):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the class {found[1]}" if found else str(error)[:200] or "nothing"
-        raise InputError(f"{path} holds {what}, which could run code: it is not loaded") from None
+        found = re.search(r"GLOBAL (\S+)", str(error))  # the rest is advice to load it all the same
+        what = f"the class {found[1]}, which could run code" if found else "no torch checkpoint"
+        raise InputError(f"{path} holds {what}: it is not loaded") from None
     except Exception as error:                           # a broken file raises whatever happens
         raise InputError(f"{path} is not a complete checkpoint ({type(error).__name__}: "
                          f"{str(error)[:200]}): get it again") from None

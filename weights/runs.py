@@ -12,6 +12,9 @@ from ops.errors import InputError
 from weights.checkpoint import LAST, complete, write_text
 
 
+PLACES = ("best", "last", "pictures", "metrics.jsonl", "recipe.json", "unreadable.txt")  # of a run
+
+
 class RunFolder:
     """The folder of a run, held by one process: a second one is told.
 
@@ -33,6 +36,11 @@ class RunFolder:
                              "another folder")
         if (self.run / "settings.json").exists():
             raise InputError(f"--out {self.run} holds a run of tools.pretrain: give another folder")
+        for path in self.run.iterdir() if self.run.is_dir() else ():
+            place = path.name.removesuffix(".tmp").removesuffix(".previous")
+            if place in PLACES and path.is_dir() == place.endswith((".json", ".jsonl", ".txt")):
+                raise InputError(f"{path} is in the way: a run writes a file or folder of another "
+                                 "kind there; move it")
         try:
             self.run.mkdir(parents=True, exist_ok=True)
             self.lock = (self.run / ".lock").open("a", encoding="utf-8")
@@ -65,15 +73,19 @@ def lock_file(file) -> bool:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; lines that a crash tore are left out."""
-    records = []
+    """The records of a metrics.jsonl; says how many lines cannot be read, as a kill leaves one."""
+    records, lost = [], 0
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
         except (RecursionError, ValueError):
-            continue
+            record = None
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
+        else:
+            lost += 1
+    if lost:
+        print(f"left out   {lost} lines of {path} that are no records (a kill tears the last one)")
     return records
 
 
