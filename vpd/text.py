@@ -195,7 +195,7 @@ def read_encoder(source: str) -> tuple[dict[str, Tensor], dict, Path]:
         return read_tensors(file, LDM_PREFIX), {}, file
     config, path = fetch(source, "text_encoder", ("config.json", "model.safetensors"))
     values = read_object(config)
-    if isinstance(values.get("text_config"), dict):      # CLIP's own, of images, too
+    if isinstance(values.get("text_config"), dict):      # CLIP's own: text and images
         tensors = {f"text_model.{k}": v for k, v in read_tensors(path, "text_model.").items()}
         return tensors, values["text_config"], path
     return read_tensors(path), values, path
