@@ -202,7 +202,8 @@ def check_idle(recipe: Recipe, given: dict) -> None:
     pretrained = not random_backbone(recipe)
     widths = [name for name in given if name.startswith(("unet_c", "unet_g", "unet_la", "vae_"))]
     idle = [(("min_lr",), recipe.schedule != "two-phase", f"--schedule {recipe.schedule}"),
-            (("warmup", "warmup_ratio"), recipe.schedule == "two-phase", "--schedule two-phase"),
+            (("warmup", "warmup_ratio"), recipe.schedule in ("two-phase", "power"),
+             f"--schedule {recipe.schedule}"),
             (("stride",), getattr(recipe.protocol, "window", 1) is None, "no --window"),
             (widths, pretrained, "pretrained weights, whose files say the widths")]
     for names, applies, why in idle:
