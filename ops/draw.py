@@ -1,5 +1,6 @@
 """Drawing for people: panels side by side, colours for values, legends, bars.  Knows no task."""
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,15 @@ def legend(entries: list[tuple[str, tuple[int, int, int]]], width: int) -> np.nd
         draw.rectangle((x, y + 2, x + 9, y + 11), fill=colour, outline="grey")
         draw.text((x + 14, y), name[:16], fill="black")
     return np.asarray(strip)
+
+
+def caption(picture: np.ndarray, text: str) -> np.ndarray:
+    """A picture (H, W, 3) uint8 with a text on white above it, in as many lines as it needs."""
+    lines = textwrap.wrap(text, max(8, picture.shape[1] // 7)) or [""]
+    strip = Image.new("RGB", (picture.shape[1], len(lines) * TEXT_HEIGHT + 4), "white")
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(strip).text((4, i * TEXT_HEIGHT + 2), line, fill="black")
+    return np.concatenate([np.asarray(strip), picture])
 
 
 def save(path: Path, picture: np.ndarray) -> None:

@@ -17,7 +17,8 @@ from ops.errors import InputError
 # of a tuple, or the words that are possible.
 LIMITS = {
     "init": ("pretrained", "random-unet", "random"), "box": ("nyu", "garg", "eigen"),
-    "schedule": ("poly", "two-phase", "step"), "precision": ("auto", "bfloat16", "float32"),
+    "schedule": ("poly", "two-phase", "step", "power"),
+    "precision": ("auto", "bfloat16", "float32"),
     "num_prompts": (1, 65536), "refine_steps": (1, 100), "latent_scale": (1e-6, 1e6),
     "num_classes": (0, 255), "head_channels": (1, 65536), "max_depth": (0.01, 1e5),
     "resize_scale": (0, 8), "deconv_channels": (1, 65536), "sigma": (1 / 3, 100),

@@ -12,7 +12,9 @@ from torch.utils.data import Dataset
 
 from sets import shapes
 from sets.coco import CATEGORY, GROUND_TRUTH, PERSON, People, annotated_people, make_sample
+from sets.expressions import expressions
 from sets.files import Classes, Cut, plain_classes, to_sample
+from sets.refcoco import make_refer_sample
 
 VAL_SEED = 1 << 40  # first scene seed of the validation set
 COLOURS = ((128, 178, 255), (150, 140, 120), (230, 60, 60), (250, 200, 40), (60, 160, 70),
@@ -53,6 +55,15 @@ class DepthScenes(Scenes):
     def open(self, cut: Cut) -> "Shapes":
         """The split."""
         return Shapes(self.length(cut), "depth", cut, self.train_scenes > 0)
+
+
+@dataclass(frozen=True)
+class ReferScenes(Scenes):
+    """Scenes with a sentence that means one object, and that object's pixels."""
+
+    def open(self, cut: Cut) -> "ShapesRefer":
+        """The split."""
+        return ShapesRefer(self.length(cut), cut)
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,37 @@ class Shapes(Dataset):
         """Summary line, like SegFiles.check."""
         return (f"{self.length} scenes of {self.cut.crop[1]}x{self.cut.crop[0]} pixels, rendered "
                 f"on the fly{endless(self)}")
+
+
+class ShapesRefer(Dataset):
+    """Scenes as high and wide as the crop, one sentence about each."""
+
+    def __init__(self, length: int, cut: Cut):
+        self.length, self.cut = length, cut
+
+    def __len__(self) -> int:
+        return self.length
+
+    def names(self) -> list[str]:
+        """Of the scenes of the first epoch."""
+        return [f"scene {scene_seed((0, index), self.length, self.cut)}"
+                for index in range(self.length)]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """Sample of key = (epoch, index)."""
+        first = scene_seed(key, self.length, self.cut)
+        for attempt in range(SCENE_TRIES):               # whose seeds lie between those of epochs
+            seed = first + attempt * (VAL_SEED // SCENE_TRIES)
+            scene, world = shapes.render_world(seed, *self.cut.crop)
+            for sentence, mask in expressions(scene, world, seed):
+                return make_refer_sample(scene.image, sentence, mask, f"scene {first}", key[1],
+                                         self.cut.crop)
+        raise RuntimeError(f"nothing can be said about {SCENE_TRIES} scenes")
+
+    def check(self) -> str:
+        """Summary line, like ReferFiles.check."""
+        return (f"{self.length} sentences about scenes of {self.cut.crop[1]}x{self.cut.crop[0]} "
+                "pixels, rendered on the fly")
 
 
 def scenes_as_coco(scenes: list[shapes.Scene], names: list[str]) -> dict:

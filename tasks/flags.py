@@ -209,7 +209,8 @@ def check_idle(recipe: Recipe, given: dict, tta: bool = False, pictures: bool = 
     widths = [name for name in given if name.startswith(("unet_c", "unet_g", "unet_la", "vae_"))]
     of_encoder = [name for name in widths if name.startswith(("vae_", "unet_la"))]
     idle = [(("min_lr",), recipe.schedule != "two-phase", f"--schedule {recipe.schedule}"),
-            (("warmup", "warmup_ratio"), recipe.schedule == "two-phase", "--schedule two-phase"),
+            (("warmup", "warmup_ratio"), recipe.schedule in ("two-phase", "power"),
+             f"--schedule {recipe.schedule}"),
             (("stride",), getattr(recipe.protocol, "window", 1) is None, "no --window"),
             (("ratios", "flip"), tta, "--tta, which sets it"),
             (("scale",), rendered and getattr(recipe.protocol, "ratios", ()) == (1.0,),

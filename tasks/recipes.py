@@ -39,7 +39,7 @@ class Recipe:
     batch: int = 16  # images per optimiser step; paper Table 6 (released configs: 8)
     micro_batch: int = 2  # images at once; the rest of the batch is accumulated
     lr: float = 8e-5  # paper A.1
-    schedule: str = "poly"  # linear decay to 0; "two-phase": official depth; "step": pose
+    schedule: str = "poly"  # linear decay to 0; "two-phase": depth; "step": pose; "power": refer
     min_lr: float = 0.0  # of the two-phase schedule
     unet_lr_mult: float = 0.1  # the UNet's rate over lr; official: configs/ade.py
     muon_lr: float = 0.0  # above 0: of all layers' weights, which Muon moves (ops/muon.py); ours
@@ -161,12 +161,15 @@ def lr_factor(step: int, recipe: Recipe) -> float:
     poly: linear decay to 0 under a linear warm-up (official: mmcv's PolyLrUpdaterHook, power 1).
     two-phase: from min_lr up for 12/25 of the run, down again for as long, then min_lr; power 0.9
     (official: depth/train.py).
+    power: decay to 0 with power 0.9, no warm-up (VPD: refer/train.py).
     step: x 0.1 after 170 and after 200 of 210 parts of the run, linear warm-up (paper A.3; mmpose).
     """
     if recipe.schedule == "step":
         decay = 0.1 ** sum(step >= recipe.iterations * part // 210 for part in (170, 200))
         low = recipe.warmup_ratio
         return decay * min(1.0, low + (1 - low) * step / max(1, recipe.warmup - 1))
+    if recipe.schedule == "power":
+        return (1 - step / recipe.iterations) ** 0.9
     if recipe.schedule == "two-phase":
         x, low = (step + 1) / (recipe.iterations / 25 * 12), recipe.min_lr / recipe.lr
         return (1 - low) * x ** 0.9 + low if x < 1 else max(low, 1 - (1 - low) * (x - 1) ** 0.9)

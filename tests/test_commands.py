@@ -48,7 +48,8 @@ def writer_of(run):
 # ------------------------------------------------------------------------------------------------
 # What the data, files and placeholders of the documents become
 
-PLACEHOLDERS = {"RUN": "runs/seg-shapes", "DIR": "out", "OUT": "saved", "...": ""}
+PLACEHOLDERS = {"RUN": "runs/seg-shapes", "DIR": "out", "OUT": "saved", "...": "",
+                "SOURCE": str(ROOT / "weights" / "tiny-sd")}
 
 
 def make_official(path, key):
@@ -85,7 +86,8 @@ def stand_ins(place, key):
     return {"--data": tree, "--train-list": tree / "train.txt", "--val-list": tree / "val.txt",
             "--train-json": tree / "annotations" / "train.json", "--images": tree / "images/train",
             "--val-json": tree / "annotations" / "val.json", "--boxes": tree / "found.json",
-            "--official": place / f"{name}.pth", "--image": place / "photos",
+            "--classes": place / "names.txt", "--official": place / f"{name}.pth",
+            "--image": place / "photos",
             "--nproc-per-node": 2, "--nnodes": 1, "--rdzv-endpoint": "localhost:0"}
 
 
@@ -116,6 +118,7 @@ PROGRAMS = {  # script or module -> (flags to append, what it must print)
     "tools.ablate": (lambda words, key: train_settings(words, key) + ["--seeds", "1"],
                      r"^wrote (runs/\S+)/ \("),
     "tools.heatmaps": (no_settings, r"^wrote ([^\s:]+): .*prompts.png$"),
+    "tools.prompts": (lambda words, key: [], r"^wrote (\S+): \d+ names, \d+ wide"),
     "tools.memory": (lambda words, key: ["--backbone", "tiny", "--crop", "64", "--device", "cpu"],
                      r"^about .* GB|^fits .*--micro-batch \d+$"),
     "tests/benchmark.py": (lambda words, key: BENCHMARK, r'^{"torch": .*"rows": \[{'),
@@ -150,6 +153,7 @@ class Stage:
     def __init__(self, place):
         self.place, self.outputs = place, {}
         make_stable_diffusion(place / "hub")
+        (place / "names.txt").write_text("chair\nliving_room\n")
         for name, size in (("a.png", (70, 100)), ("b/c.jpg", (96, 80))):
             write(place / "photos" / name, random_image(*size))
 

@@ -82,6 +82,15 @@ def test_legend_text():
     assert len(differs) and 18 <= differs.min() and differs.max() < 120    # the first column's text
 
 
+def test_captions_take_the_lines_they_need():
+    """The picture is untouched below the text; a long text makes a higher strip."""
+    pictures = [draw.caption(plain(50, 140, RED), text) for text in ("a ball", "a ball " * 9, "")]
+    heights = [picture.shape[0] - 50 for picture in pictures]
+    assert heights == [draw.TEXT_HEIGHT + 4, 3 * draw.TEXT_HEIGHT + 4, draw.TEXT_HEIGHT + 4]
+    assert all(colours(picture[-50:]) == {RED} for picture in pictures)
+    assert len(colours(pictures[0][:-50])) > 1 and colours(pictures[2][:-50]) == {(255,) * 3}
+
+
 def test_stacks(tmp_path):
     """Rows under each other, small panels enlarged, white beside narrow rows, titles and footer."""
     rows = [[plain(96, 50, RED), plain(96, 50, GREEN)], [plain(200, 30, BLUE)] * 2]

@@ -141,6 +141,7 @@ PRETRAINED = ["--dataset", "ade20k", "--data", "x"]
     (["--min-lr", "1e-6"], "--min-lr would do nothing: the recipe has --schedule poly"),
     (["--task", "depth", "--schedule", "two-phase", "--warmup", "3"], "has --schedule two-phase"),
     (["--schedule", "two-phase", "--warmup-ratio", "0.5"], "--warmup-ratio would do nothing"),
+    (["--schedule", "power", "--warmup", "3"], "--warmup would do nothing: the recipe has --sched"),
     (["--stride", "32"], "--stride would do nothing: the recipe has no --window"),
     (["--scale", "512", "128"], "--scale would do nothing: the recipe has scenes rendered at"),
     ([*PRETRAINED, "--unet-channels", "32", "32", "32", "32"], "pretrained weights"),

@@ -107,7 +107,7 @@ def test_leaves_are_reached_and_changed_by_their_paths():
 @pytest.mark.parametrize("hint, name, good, bad, message", [
     (int, "at_once", 1, 0, "possible is 1 to 65536"), (float, "dropout", 0.0, 1.0, "0 to 0.99"),
     (tuple[int, ...], "channels", (1, 65536), (32, 0), "1 to 65536"),
-    (str, "schedule", "step", "cosine", "possible are poly, two-phase, step"),
+    (str, "schedule", "step", "cosine", "possible are poly, two-phase, step, power"),
     (str | None, "box", None, "all", "possible are nyu, garg, eigen")])
 def test_values_out_of_their_limits_are_refused(hint, name, good, bad, message):
     """By the setting's name, in whichever class; null where it may be."""

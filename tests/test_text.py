@@ -3,17 +3,21 @@
     pytest tests/test_text.py
 """
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from oracles import randomise
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ops.errors import InputError
 from pretraining.bpe import save_tokenizer
-from vpd.text import BYTES, END, START, TextConfig, TextEncoder, Tokenizer, pieces
+from vpd.text import (BYTES, END, START, TextConfig, TextEncoder, TextReader, Tokenizer, fetch,
+                      pieces)
 
 TINY = TextConfig(vocab_size=600, hidden_size=48, intermediate_size=100, num_hidden_layers=3,
                   num_attention_heads=4, max_position_embeddings=20)
@@ -103,6 +107,86 @@ def test_folder_is_loaded_strictly(pair, tmp_path):
         TextEncoder.from_pretrained(str(tmp_path))
 
 
+def test_clips_own_repository_is_read(pair, folder, tmp_path):
+    """CLIP's folder: text_config, text_model.* beside an image encoder, the tokenizer at the root.
+    """
+    config = {"text_config": {**vars(TINY), "hidden_act": "quick_gelu"}, "projection_dim": 48}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    others = {"vision_model.x": torch.zeros(2), "text_projection.weight": torch.zeros(2),
+              "logit_scale": torch.zeros(1)}
+    save_file(with_prefix(pair[0]) | others, tmp_path / "model.safetensors")
+    for file in (folder / "tokenizer").iterdir():
+        shutil.copy(file, tmp_path)
+    reader = TextReader.from_pretrained(str(tmp_path), 12)
+    assert reader.encoder.config == TINY
+    assert all(torch.equal(v, pair[1].state_dict()[k])
+               for k, v in reader.encoder.state_dict().items())
+    assert reader.tokenizer.vocabulary == Tokenizer.from_pretrained(str(folder)).vocabulary
+
+
+def test_single_file_is_read(folder, tmp_path, monkeypatch):
+    """An LDM file's text encoder, widths off its tensors, and the tokenizer/ beside it; without one
+    the message says whose belongs there.
+    """
+    config = replace(TINY, hidden_size=64, num_attention_heads=1)     # 64 channels per head
+    ours = randomise(TextEncoder(config))
+    file = tmp_path / "v1-5.safetensors"
+    tensors = {f"cond_stage_model.transformer.{k}": v for k, v in ours.state_dict().items()}
+    save_file(tensors | {"model.diffusion_model.x": torch.zeros(2)}, file)
+    read = TextEncoder.from_pretrained(str(file))
+    assert read.config == config and all(torch.equal(v, ours.state_dict()[k])
+                                         for k, v in read.state_dict().items())
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    assert Tokenizer.from_pretrained(str(file))(["a"]).shape == (1, 20)
+    shutil.rmtree(tmp_path / "tokenizer")
+
+    def offline(repo, name):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("vpd.text.hf_hub_download", offline)
+    with pytest.raises(InputError, match="holds no tokenizer: copy tokenizer/ of stable-diffusion"):
+        Tokenizer.from_pretrained(str(file))
+
+
+def test_hub_repositories_of_both_kinds_are_found(tmp_path, monkeypatch):
+    """On the hub, too, part/NAME is looked for first, then NAME, as in CLIP's repository."""
+    asked = []
+
+    def download(repo, name):
+        asked.append(name)
+        if "/" in name:
+            raise EntryNotFoundError("404")
+        return tmp_path / name
+
+    monkeypatch.setattr("vpd.text.hf_hub_download", download)
+    found = fetch("openai/clip", "text_encoder", ("config.json", "model.safetensors"))
+    assert found == [tmp_path / "config.json", tmp_path / "model.safetensors"]
+    assert asked[:2] == ["text_encoder/config.json", "config.json"]
+
+
+def test_reader_gives_the_states_of_all_tokens(pair, folder):
+    """Padding included, cut to its length, without gradient; an impossible length is refused."""
+    tokenizer = Tokenizer.from_pretrained(str(folder))
+    small = TextEncoder(replace(TINY, vocab_size=len(tokenizer.vocabulary)))
+    reader = TextReader(tokenizer, small, 12)
+    states = reader(["a ball", "x " * 500])
+    assert states.shape == (2, 12, 48) and not states.requires_grad
+    assert torch.equal(states[0], small(tokenizer(["a ball"], 12))[0][0])
+    with pytest.raises(InputError, match="40 tokens per sentence: .* reads 3 to 20"):
+        TextReader(tokenizer, small, 40)
+
+
+def test_config_must_fit_the_tensors(pair, tmp_path):
+    """A config.json that says another width than the tensors is refused by its key."""
+    part = tmp_path / "text_encoder"
+    part.mkdir()
+    save_file(with_prefix(pair[0]), part / "model.safetensors")
+    for key, value in (("hidden_size", 64), ("num_attention_heads", 5)):
+        (part / "config.json").write_text(json.dumps({**vars(TINY), key: value}))
+        with pytest.raises(InputError, match=f"{key} is {value}"):
+            TextEncoder.from_pretrained(str(tmp_path))
+
+
 def test_too_long_a_text_is_refused(pair):
     """More tokens than positions: one line says how many there may be."""
     with pytest.raises(InputError, match="21 tokens.* at most 20"):
@@ -125,19 +209,25 @@ def test_default_length_is_the_files(folder):
 
 
 def test_tokens_are_clips():
-    """90 texts, Hindi and emoji among them, get the ids that CLIP's own vocabulary gives them."""
+    """94 texts, Hindi and emoji among them, get the ids that CLIP's own vocabulary gives them, and
+    are padded and cut as VPD's loader does.
+    """
     golden = json.loads((Path(__file__).parent / "golden" / "clip_tokens.json").read_text())
     bytes_ = [*BYTES.values(), *(c + "</w>" for c in BYTES.values())]
     vocabulary = {token: i for i, token in enumerate(bytes_)} | golden["vocabulary"]
     ours = Tokenizer(vocabulary, [tuple(pair.split(" ")) for pair in golden["merges"]])
     for text, ids in golden["rows"]:
         assert [ours.start, *ours.encode(text), ours.end] == ids, text
+    for text, ids in golden["padded"]:
+        assert ours([text], len(ids))[0].tolist() == ids, text
 
 
-def test_special_tokens_in_a_text_are_plain_text(folder):
-    """A literal end token in a text does not end it."""
+def test_special_tokens_in_a_text_are_special(folder):
+    """A start or end token that is spelt out in a text is one, as in CLIPTokenizer."""
     ours = Tokenizer.from_pretrained(str(folder))
-    assert ours.end not in ours.encode(f"a {END} b") and ours.start not in ours.encode(START)
+    oracle = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    for text in (f"a {END} b", START * 2, f"!!{END}", END.upper(), f"don{END}'t", END[:-1]):
+        assert [ours.start, *ours.encode(text), ours.end] == oracle(text).input_ids, text
 
 
 def test_pieces():

@@ -7,8 +7,13 @@ Transferable Visual Models From Natural Language Supervision".  Facts that rewri
   * GELU is x * sigmoid(1.702 x);
   * `pooled` is the state at the first end token; start, end and padding ids come from the
     vocabulary, since the ones in SD1.5's text_encoder/config.json belong to another;
-  * the text is not cleaned up (ftfy): NFC, one space between words, lower case.
+  * the text is not cleaned up (ftfy): NFC, one space between words, lower case;
+  * padding is the end token again, never 0, and its states are read like words' (VPD).
+
+Both are read from a Stable Diffusion repository or folder (text_encoder/, tokenizer/), from CLIP's
+own (openai/clip-vit-large-patch14), or from a single file in LDM naming, which lacks the tokenizer.
 """
+import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +21,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, HfHubHTTPError,
+                                    LocalEntryNotFoundError)
 from torch import Tensor, nn
 
-from ops.errors import InputError, read_json
-from weights.files import SD15, assemble, read_tensors
+from ops.errors import InputError, read_json, read_object
+from weights.files import SD15, assemble, check_config, dimension, read_tensors
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")  # in the order in which they are tried
 WORD_END = "</w>"
+SPECIAL = re.compile(f"({re.escape(START)}|{re.escape(END)})")
+LDM_PREFIX = "cond_stage_model.transformer."  # of a single file
+HEAD = 64  # channels of a head, in every text encoder of CLIP's
 
 
 @dataclass(frozen=True)
@@ -141,33 +150,116 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str = SD15) -> "TextEncoder":
-        """Load text_encoder/ of a Hugging Face folder or hub id; InputError if it is not usable."""
-        paths = fetch(source, "text_encoder", ("config.json", "model.safetensors"))
-        given = read_json(paths[0])
-        config = TextConfig(**{k: given[k] for k in TextConfig.__dataclass_fields__ if k in given})
-        if given.get("hidden_act", "quick_gelu") != "quick_gelu":
-            raise InputError(f"{paths[0]}: hidden_act is {given['hidden_act']}, Stable Diffusion "
-                             "1.x has quick_gelu")
-        tensors = read_tensors(paths[1])
+        """Load the text encoder of a source (see above); InputError if it is not usable."""
+        tensors, values, path = read_encoder(source)
         tensors.pop("text_model.embeddings.position_ids", None)   # 0 1 2 ..., in older files
-        return assemble(cls, config, tensors, paths[1])
+        return assemble(cls, text_sizes(tensors, values, path), tensors, path)
+
+
+class TextReader:
+    """Sentences -> the states of `length` tokens, by an encoder that is not trained.
+
+    It is no part of a model and not in its checkpoints (official: refer/train.py).
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", encoder: TextEncoder, length: int):
+        longest = encoder.config.max_position_embeddings
+        if not 3 <= length <= longest:
+            raise InputError(f"{length} tokens per sentence: this text encoder reads 3 to "
+                             f"{longest}")
+        self.tokenizer, self.length = tokenizer, length
+        self.encoder = encoder.eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, source: str, length: int) -> "TextReader":
+        """Tokenizer and encoder of a source; InputError if they are not usable."""
+        return cls(Tokenizer.from_pretrained(source), TextEncoder.from_pretrained(source), length)
+
+    @torch.no_grad()
+    def __call__(self, sentences: list[str]) -> Tensor:
+        """(B, length, D) on the encoder's device; what is too long is cut."""
+        ids = self.tokenizer(sentences, self.length)
+        return self.encoder(ids.to(next(self.encoder.parameters()).device))[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+def read_encoder(source: str) -> tuple[dict[str, Tensor], dict, Path]:
+    """(tensors by Hugging Face name, config.json as a dict, path read) of a source's text encoder.
+
+    The config is empty for a single LDM file.
+    """
+    file = Path(source).expanduser()
+    if file.is_file():
+        return read_tensors(file, LDM_PREFIX), {}, file
+    config, path = fetch(source, "text_encoder", ("config.json", "model.safetensors"))
+    values = read_object(config)
+    if isinstance(values.get("text_config"), dict):      # CLIP's own: text and images
+        tensors = {f"text_model.{k}": v for k, v in read_tensors(path, "text_model.").items()}
+        return tensors, values["text_config"], path
+    return read_tensors(path), values, path
+
+
+def text_sizes(tensors: dict[str, Tensor], values: dict, path: Path) -> TextConfig:
+    """The config of a text encoder's tensors; `values` is its config.json, which must say the same.
+    """
+    inner, first = "text_model.embeddings.", "text_model.encoder.layers.0.mlp.fc1.weight"
+    width = dimension(tensors, f"{inner}token_embedding.weight", 1, path)
+    sizes = {"vocab_size": dimension(tensors, f"{inner}token_embedding.weight", 0, path),
+             "hidden_size": width, "intermediate_size": dimension(tensors, first, 0, path),
+             "num_hidden_layers": sum(name.endswith(".mlp.fc1.weight") for name in tensors),
+             "max_position_embeddings":
+                 dimension(tensors, f"{inner}position_embedding.weight", 0, path)}
+    check_config(values, sizes, path, "its tensors say")
+    check_config(values, {"hidden_act": "quick_gelu"}, path, "Stable Diffusion 1.x has")
+    heads = values.get("num_attention_heads") or max(1, width // HEAD)
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise InputError(f"{path.parent / 'config.json'}: num_attention_heads is {heads}, which "
+                         f"does not divide hidden_size {width}")
+    return TextConfig(**sizes, num_attention_heads=heads)
 
 
 def fetch(source: str, part: str, names: tuple[str, ...]) -> list[Path]:
-    """Paths of files in `part`/ of a local folder or a hub id; InputError for the first lacking."""
+    """Paths of files in `part`/ of a local folder or a hub id, or at its root if it is CLIP's own;
+    InputError for the first lacking.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
+        clip = (folder / "vocab.json").is_file() and not (folder / part).is_dir()
+        place = folder if clip else folder / part
         for name in names:
-            if not (folder / part / name).is_file():
-                raise InputError(f"{folder / part / name} does not exist")
-        return [folder / part / name for name in names]
+            if not (place / name).is_file():
+                raise InputError(f"{place / name} does not exist")
+        return [place / name for name in names]
     try:
-        return [Path(hf_hub_download(source, f"{part}/{name}")) for name in names]
+        try:
+            return [Path(hf_hub_download(source, f"{part}/{name}")) for name in names]
+        except EntryNotFoundError:
+            return [Path(hf_hub_download(source, name)) for name in names]
     except HFValidationError:
         raise InputError(f"{source} is neither a local folder nor OWNER/NAME on the hub") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"cannot download {part}/ of {source} ({reason})") from None
+
+
+def tokenizer_files(source: str) -> list[Path]:
+    """Paths of vocab.json, merges.txt, tokenizer_config.json.
+
+    A single file has no tokenizer: one beside it is taken, else Stable Diffusion's from the hub.
+    """
+    names = ("vocab.json", "merges.txt", "tokenizer_config.json")
+    file = Path(source).expanduser()
+    if not file.is_file():
+        return fetch(source, "tokenizer", names)
+    if (file.parent / "tokenizer").is_dir():
+        return fetch(str(file.parent), "tokenizer", names)
+    try:
+        return fetch(SD15, "tokenizer", names)
+    except InputError as error:
+        raise InputError(f"{file} holds no tokenizer: copy tokenizer/ of {SD15} into {file.parent} "
+                         f"({error})") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -215,7 +307,7 @@ class Tokenizer:
         self.vocabulary, self.length = vocabulary, length
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.start, self.end = vocabulary[START], vocabulary[END]
-        self.known: dict[str, list[int]] = {}                     # words seen before
+        self.known = {START: [self.start], END: [self.end]}       # ids of words seen before
 
     def split(self, word: str) -> list[str]:
         """A word's tokens: its bytes, neighbours joined in the order of the merges' ranks."""
@@ -230,12 +322,15 @@ class Tokenizer:
         return parts
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text without start, end and padding."""
+        """Ids of a text without start, end and padding; a start or end token that is spelt out in
+        it is one, as in transformers.
+        """
         ids = []
-        for word in pieces(text):
-            if word not in self.known:
-                self.known[word] = [self.vocabulary[part] for part in self.split(word)]
-            ids += self.known[word]
+        for part in SPECIAL.split(text):
+            for word in [part] if part in (START, END) else pieces(part):
+                if word not in self.known:
+                    self.known[word] = [self.vocabulary[part] for part in self.split(word)]
+                ids += self.known[word]
         return ids
 
     def __call__(self, texts: list[str], length: int | None = None) -> Tensor:
@@ -246,9 +341,8 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, source: str = SD15) -> "Tokenizer":
-        """Load tokenizer/ of a Hugging Face folder or hub id; InputError if it is not usable."""
-        names = ("vocab.json", "merges.txt", "tokenizer_config.json")
-        vocabulary, merges, config = fetch(source, "tokenizer", names)
+        """Load the tokenizer of a source (see above); InputError if it is not usable."""
+        vocabulary, merges, config = tokenizer_files(source)
         lines = merges.read_text(encoding="utf-8").split("\n")[1:]   # the first one is a header
         table = read_json(vocabulary)
         for token in (START, END):
