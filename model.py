@@ -44,7 +44,7 @@ class Config:
     modulated_timestep: bool = True  # False: SD's own embedding of t=0 in each pass (Table 5)
     rearrange: bool = True  # False: the head reads the projected features themselves (Table 5)
     latent_scale: float = 1.0  # official: no factor; Stable Diffusion itself uses 0.18215
-    train_encoder: bool = False  # only for a backbone that starts from random weights
+    train_encoder: bool = False  # move the VAE encoder, too; the paper freezes it
     num_classes: int = 150
     class_names: tuple[str, ...] = ()
     head_channels: int = 512  # official: UPerHead 512, depth decoder 192

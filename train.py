@@ -161,7 +161,7 @@ def build_model(recipe: Recipe, names: tuple[str, ...]) -> MetaPromptModel:
     config = replace(recipe.model, num_classes=len(names), class_names=names)
     torch.manual_seed(recipe.seed)
     if recipe.init_from:
-        model = second_stage(config, recipe.init_from)
+        model = second_stage(recipe, config)
     elif recipe.init == "random":
         print("backbone   RANDOM weights: the VAE encoder is trained, too")
         model = MetaPromptModel(config)
@@ -185,15 +185,16 @@ MAY_DIFFER = ("num_classes", "class_names", "refine_steps", "dropout", "max_dept
               "sigma")  # between two stages
 
 
-def second_stage(config: Config, run: str) -> MetaPromptModel:
-    """A model of `config` with the weights of RUN/best, else RUN/last, else RUN; says what is new.
+def second_stage(recipe: Recipe, config: Config) -> MetaPromptModel:
+    """A model of `config` with the weights of RUN/best, else RUN/last, else RUN of --init-from RUN;
+    says what is new.
 
     Other numbers of classes and of passes are possible, see checkpoint.adapt.  InputError if
     anything else that the weights depend on differs.
     """
-    folder = evaluation.find_checkpoint(run, "--init-from")
+    folder = evaluation.find_checkpoint(recipe.init_from, "--init-from")
     theirs = read_config(folder / "config.json")
-    if not config.train_encoder:
+    if recipe.init == "pretrained":                      # its widths were not asked for
         config = replace(config, unet=theirs.unet, vae=theirs.vae)
     before = asdict(theirs)
     differing = [f"{name} {before[name]} (here {value})" for name, value in asdict(config).items()

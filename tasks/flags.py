@@ -25,7 +25,7 @@ from weights.files import read_tensors
 FieldPath = tuple[str, ...]  # names of the fields that lead to a setting
 
 UNFIT = re.compile(r"^$|[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # as a word of a command line
-FOUND_OUT = ("task", "class_names", "num_classes", "fixed_prompts", "train_encoder")  # no flags
+FOUND_OUT = ("task", "class_names", "num_classes", "fixed_prompts")  # no flags
 UNUSED = {  # fields of the model and the run that a task does not read
     "seg": ("max_depth", "resize_scale", "deconv_channels", "sigma", "crop_width"),
     "depth": ("dropout", "deconv_channels", "sigma", "crop_width"),
@@ -195,7 +195,8 @@ def finish(recipe: Recipe, given: dict) -> Recipe:
     check(recipe)
     if recipe.prompts:
         recipe = with_prompts(recipe, given)
-    recipe = replace(recipe, model=replace(recipe.model, train_encoder=recipe.init == "random"))
+    if recipe.init == "random":
+        recipe = replace(recipe, model=replace(recipe.model, train_encoder=True))
     if getattr(recipe.protocol, "max_side", None) == 0:
         recipe = replace(recipe, protocol=replace(recipe.protocol, max_side=2 * recipe.crop))
     return replace(recipe, out=recipe.out or free_folder(f"runs/{recipe.task}-{recipe.dataset}"))
@@ -216,6 +217,7 @@ def check_idle(recipe: Recipe, given: dict, tta: bool = False, pictures: bool = 
             (("scale",), rendered and getattr(recipe.protocol, "ratios", ()) == (1.0,),
              "scenes rendered at the size of --crop"),
             (widths, recipe.init == "pretrained", "pretrained weights, whose files say the widths"),
+            (("train_encoder",), recipe.init == "random", "a random encoder, which is trained"),
             (of_encoder, recipe.init == "random-unet", "a pretrained encoder, whose files say it")]
     for names, applies, why in idle:
         for name in names:

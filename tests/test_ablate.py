@@ -11,12 +11,17 @@ import pytest
 import torch
 from helpers import HEAD, SCENES, TINY, recipe, refused
 from PIL import Image
+from safetensors.torch import load_file
 
 import train
 from ops import draw
 from ops.errors import InputError
+from sets import shapes
+from tasks.flags import resolve
 from tasks.recipes import RECIPES
 from tools import ablate
+from vpd.text import TextEncoder, Tokenizer
+from weights.files import TINY_SD
 
 VARIANTS = {v.name: v for v in ablate.VARIANTS}
 
@@ -99,7 +104,7 @@ def test_one_command_trains_and_reports_all_variants(tmp_path, monkeypatch, caps
         assert f"{final:.4f}" in printed and f"{final:.4f}" in (out / "ablation.md").read_text()
         assert "recipe" in (folder / "log.txt").read_text()
         assert (folder / "best" / "model.safetensors").is_file()
-    assert "2 runs of 1 steps" in printed and "stand in for text embeddings" in printed
+    assert "2 runs of 1 steps" in printed and "a fixed prompt is worth" in printed
     assert "M parameters" not in printed                 # a run's own output is in its log
     assert Image.open(out / "ablation.png").width > 1000
 
@@ -164,7 +169,7 @@ def test_mean_spread_and_difference(tmp_path, monkeypatch, capsys):
     assert (report["metric"], report["better"]) == ("rmse", "lower")
     baseline, eight, one = report["rows"]
     assert baseline["mean"] == pytest.approx(0.3) and baseline["std"] == pytest.approx(0.1)
-    assert eight["difference"] == pytest.approx(0)
+    assert eight["difference"] == pytest.approx(0) and eight["verdict"] == "not decided"
     assert one["mean"] is None and one["difference"] is None and one["diverged"] == [0, 1, 2]
     assert "0/3, 3 diverged" in capsys.readouterr().out
     assert "scene 7" in (tmp_path / "r" / "passes-1-seed0" / "log.txt").read_text()
@@ -199,6 +204,44 @@ def test_the_table_holds_what_earlier_commands_finished(tmp_path, monkeypatch, c
     assert ablate.find_finished(more) == {} and prompts.read_bytes() == before
     with pytest.raises(InputError, match="does not hold 8 prompts"):
         ablate.run_recipe(more, VARIANTS["fixed-prompts"], 5)
+
+
+def test_label_prompts_are_the_class_names_embeddings(tmp_path):
+    """Seven names through the text encoder of weights/tiny-sd, in their order, fixed."""
+    base = resolve(["--out", str(tmp_path)])[0]
+    made = ablate.run_recipe(base, VARIANTS["label-prompts"], 0)
+    assert (made.model.num_prompts, made.model.fixed_prompts) == (7, True)
+    rows = load_file(made.prompts)["prompts"]
+    tokenizer, encoder = (kind.from_pretrained(str(TINY_SD)) for kind in (Tokenizer, TextEncoder))
+    for row, name in zip(rows, shapes.CLASSES, strict=True):
+        assert torch.allclose(row, encoder(tokenizer([f"a photo of a {name}"]))[1][0], atol=1e-5)
+
+
+def test_what_needs_pretrained_weights_is_left_out_without(tmp_path):
+    """Random weights have no text encoder and no encoder that could stay frozen."""
+    names = [v.name for v in ablate.choose(recipe(tmp_path / "r"), None)]
+    assert not set(ablate.PRETRAINED) & set(names) and "passes-1" in names
+    people = [v.name for v in ablate.choose(resolve(["--task", "pose", "--out", "x"])[0], None)]
+    assert "random-unet" in people and "trained-encoder" in people
+
+
+@pytest.mark.parametrize("name, task, sign, differences, expected", [
+    ("passes-1", "seg", 1, [-0.02, -0.03, -0.025], "agrees"),
+    ("passes-1", "seg", 1, [0.02, 0.03, 0.025], "disagrees"),
+    ("passes-1", "depth", -1, [0.2, 0.3, 0.25], "agrees"),
+    ("passes-1", "seg", 1, [-0.02, 0.03, -0.025], "not decided"),
+    ("passes-1", "seg", 1, [-0.02], "not decided"), ("passes-1", "seg", 1, [], "not decided"),
+    ("random-unet", "seg", 1, [-0.02, -0.03, -0.025], "worse"),
+    ("random-unet", "depth", -1, [-0.2, -0.3, -0.25], "better")])
+def test_verdicts(name, task, sign, differences, expected):
+    """Nothing is decided unless the interval lies on one side of 0; then the sign is compared."""
+    assert ablate.verdict(VARIANTS[name], task, sign, differences) == expected
+
+
+def test_the_interval_is_students():
+    """Of 1, 2, 3: mean 2, standard deviation 1, t = 4.303 for two degrees of freedom."""
+    assert ablate.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3 ** 0.5)
+    assert ablate.half_width([0.0, 1.0] * 20) == pytest.approx(2 * 0.50637 / 40 ** 0.5, rel=1e-4)
 
 
 def test_differences_are_taken_over_common_seeds():
@@ -243,7 +286,7 @@ def test_another_recipe_does_not_mix_with_finished_runs(tmp_path):
 BAD_ABLATIONS = [(["--seeds", "0"], "--seeds is 0, possible is 1 to 1000"),
                  (["--seeds", "2", "--seed", "2147483647"], "the last seed is 2147483648"),
                  (["--variants", "nothing"], "choose from baseline"),
-                 (["--init-from", "x"], "leave out"), (["--prompts", "x"], "--prompts x"),
+                 (["--init-from", "x"], "leave out"), (["--prompts", "x"], "x does not exist"),
                  (["--num-prompts", "20"], "at most --unet-context-dim 16"),
                  (["--resume", "x"], "recipe.json does not exist")]
 

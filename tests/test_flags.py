@@ -267,7 +267,7 @@ def test_prompts_say_how_many_they_are(tmp_path, flags, adapter):
 
 
 BAD_PROMPTS = [
-    ("missing", "No such file"), ("pickle", "is not a complete .safetensors file"),
+    ("missing", "does not exist"), ("pickle", "is not a complete .safetensors file"),
     ("truncated", "not a complete"), ("two", "holds 2 tensors"), ("width", "shape (4, 17)"),
     ("vector", "shape (16,)"), ("none", "shape (0, 16)"), ("integers", "int64"),
     ("nan", "one of finite floats (N, 16)"), ("other count", "--num-prompts 4")]

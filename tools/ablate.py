@@ -1,6 +1,6 @@
 """The paper's ablations (Table 5) in one command: every variant with several seeds, one table.
 
-    python -m tools.ablate --task seg                    embedded scenes, 10 variants x 3 seeds
+    python -m tools.ablate --task seg                    embedded scenes, 12 variants x 3 seeds
     python -m tools.ablate --task depth --iterations 60 --seeds 2
     python -m tools.ablate --task seg --variants no-rearrangement static-timestep
 
@@ -27,8 +27,9 @@ from ops.errors import InputError, run_command
 from ops.settings import checked, leaves
 from tasks import TASKS
 from tasks.flags import Parser, finish, read_prompts, resolve, with_flags
-from tasks.recipes import Recipe, read_recipe
+from tasks.recipes import Recipe, read_recipe, weights_of
 from train import train
+from vpd.prompts import ONE, embed_names
 from weights.runs import RunFolder, read_log
 
 PROMPTS = "prompts.safetensors"  # in the folder of a run with fixed prompts
@@ -49,6 +50,13 @@ VARIANTS = (
     Variant("baseline", "as the recipe has it", {}, ("84.7", "0.223"),
             "paper: Table 5, Cityscapes mIoU in % for seg and NYU v2 RMSE for depth, where one "
             "thing is changed from T = 3 and N = 150 (seg) or 50 (depth)."),
+    Variant("label-prompts", "class names, adapter trained",
+            {"prompts": PROMPTS, "prompt_adapter": True}, ("83.6", "0.258"),
+            "label-prompts: \"a photo of a NAME\" through the backbone's own text encoder, one "
+            "prompt per class of the data set."),
+    Variant("fixed-prompts", "random orthogonal, adapter trained",
+            {"prompts": PROMPTS, "prompt_adapter": True},
+            note="fixed-prompts: ours, what a fixed prompt is worth that means nothing."),
     Variant("prompts-8", "N = 8 prompts", {"num_prompts": 8}),
     Variant("prompts-32", "N = 32 prompts", {"num_prompts": 32}),
     Variant("prompts-64", "N = 64 prompts", {"num_prompts": 64}),
@@ -59,15 +67,18 @@ VARIANTS = (
     Variant("static-timestep", "embedding of t = 0 in each pass", {"modulated_timestep": False},
             ("84.3", "0.227")),
     Variant("latent-scale", "latents x 0.18215", {"latent_scale": 0.18215},
-            note="latent-scale is not in the paper: Stable Diffusion scales its latents, the "
-            "official code does not."),
-    Variant("fixed-prompts", "random orthogonal, adapter trained",
-            {"prompts": PROMPTS, "prompt_adapter": True}, ("83.6", "0.258"),
-            "fixed-prompts: there is no text encoder here; random orthogonal vectors stand in for "
-            "text embeddings. Beside them the paper's value for label prompts."),
+            note="latent-scale: ours; Stable Diffusion scales its latents, the official code does "
+            "not."),
+    Variant("random-unet", "UNet from random weights", {"init": "random-unet"},
+            note="random-unet, trained-encoder: ours; what pretraining is worth, and what a frozen "
+            "encoder costs."),
+    Variant("trained-encoder", "encoder trained, too", {"train_encoder": True}),
 )
-TINY_NOTE = ("The backbone is a tiny one from random weights and its encoder is trained, too: what "
-             "is shown need not hold on Stable Diffusion, and can disagree with the paper.")
+VERDICT = ("verdict: vs baseline is the mean difference over common seeds, 95 % its interval; if "
+           "that holds 0, nothing is decided. std: standard deviation over the seeds.")
+PRETRAINED = ("label-prompts", "random-unet", "trained-encoder")  # need --init pretrained
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; 2.0 beyond.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 FREE = ("out", "prompts", "device", "workers")  # may change between calls: places, not settings
 FROM_DATA = ("class_names", "num_classes")  # known when the data set has been opened
 
@@ -94,6 +105,10 @@ def main() -> None:
 def choose(base: Recipe, names: list[str] | None) -> list[Variant]:
     """The baseline and what differs from it, or those of `names`; InputError for an unknown one."""
     known = [v for v in VARIANTS if not v.changes or with_flags(base, v.changes) != base]
+    if base.init != "pretrained":
+        known = [v for v in known if v.name not in PRETRAINED]
+    if not hasattr(base.files, "classes"):               # nothing has a name in it
+        known = [v for v in known if v.name != "label-prompts"]
     unknown = sorted({*(names or ())} - {v.name for v in known})
     if unknown:
         raise InputError(f"--variants {unknown[0]}: choose from "
@@ -108,16 +123,8 @@ def run_recipe(base: Recipe, variant: Variant, seed: int) -> Recipe:
     folder = Path(base.out) / f"{variant.name}-seed{seed}"
     recipe = replace(with_flags(base, variant.changes), seed=seed, out=str(folder))
     if recipe.prompts:
-        N, D = recipe.model.num_prompts, recipe.model.unet.context_dim
-        if N > D:
-            raise InputError(f"--num-prompts {N}: {variant.name} has orthogonal ones, at most "
-                             f"--unet-context-dim {D}")
         recipe = replace(recipe, prompts=str(folder / PROMPTS))
-        if (folder / PROMPTS).is_file() and len(read_prompts(folder / PROMPTS, D)) != N:
-            raise InputError(f"{folder / PROMPTS} does not hold {N} prompts: give the same flags, "
-                             "or another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"prompts": orthogonal_prompts(N, D, seed)}, recipe.prompts)
+        write_prompts(recipe, variant, seed)
     recipe = finish(recipe, variant.changes)
     if (folder / "recipe.json").is_file():
         old, new = leaves(read_recipe(folder / "recipe.json")), leaves(recipe)
@@ -128,8 +135,28 @@ def run_recipe(base: Recipe, variant: Variant, seed: int) -> Recipe:
     return recipe
 
 
+def write_prompts(recipe: Recipe, variant: Variant, seed: int) -> None:
+    """The file of a run with fixed prompts, unless it is there; InputError if it holds others."""
+    path, D = Path(recipe.prompts), recipe.model.unet.context_dim
+    if variant.name == "label-prompts":
+        prompts = embed_names(recipe.files.classes().names, ONE, weights_of(recipe))
+    else:
+        prompts = orthogonal_prompts(recipe.model.num_prompts, D, seed)
+    if path.is_file() and len(read_prompts(path, D)) != len(prompts):
+        raise InputError(f"{path} does not hold {len(prompts)} prompts: give the same flags, or "
+                         "another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"prompts": prompts}, path)
+
+
 def orthogonal_prompts(count: int, dim: int, seed: int) -> Tensor:
-    """(count, dim) random orthogonal rows of length sqrt(dim), as learned prompts have at first."""
+    """(count, dim) random orthogonal rows of length sqrt(dim), as learned prompts have at first.
+
+    InputError if there is no room for so many.
+    """
+    if count > dim:
+        raise InputError(f"--num-prompts {count}: fixed-prompts has orthogonal ones, at most "
+                         f"--unet-context-dim {dim}")
     noise = torch.randn(dim, count, generator=torch.Generator().manual_seed(seed))
     return dim ** 0.5 * torch.linalg.qr(noise).Q.T.contiguous()
 
@@ -218,7 +245,8 @@ def ablate(base: Recipe, seeds: int, names: list[str] | None) -> None:
 
 def summarise(base: Recipe, variants: list[Variant], seeds, results: dict) -> dict:
     """What ablation.json holds: per variant its values by seed, their mean and standard deviation
-    (n - 1), and the mean difference to the baseline over the seeds that both have; else None.
+    (n - 1), and the mean difference to the baseline over the seeds that both have, with half the
+    width of its 95 % interval and the verdict on it; else None.
 
     results: (variant name, seed) -> metric, None for a run that diverged, no key for one to come.
     """
@@ -236,13 +264,44 @@ def summarise(base: Recipe, variants: list[Variant], seeds, results: dict) -> di
             "mean": statistics.fmean(values) if values else None,
             "std": statistics.stdev(values) if len(values) > 1 else None,
             "difference": statistics.fmean(differences) if differences else None,
-            "paper": {"seg": v.paper[0], "depth": v.paper[1]}.get(base.task, "-")})
+            "interval": half_width(differences) if v.changes else None,
+            "verdict": verdict(v, base.task, sign, differences) if v.changes else "",
+            "paper": paper_value(v, base.task)})
     return {"task": base.task, "dataset": base.dataset, "backbone": base.backbone,
             "metric": metric, "better": "higher" if sign > 0 else "lower",
             "iterations": base.iterations, "num_prompts": base.model.num_prompts,
             "refine_steps": base.model.refine_steps, "seeds": list(seeds), "rows": rows,
             "notes": [v.note for v in variants if v.note]
-                     + ([TINY_NOTE] if base.backbone == "tiny" else [])}
+                     + [VERDICT]}
+
+
+def paper_value(variant: Variant, task: str) -> str:
+    """What Table 5 has, "-" for nothing."""
+    return {"seg": variant.paper[0], "depth": variant.paper[1]}.get(task, "-")
+
+
+def half_width(differences: list[float]) -> float | None:
+    """Half the width of the mean's 95 % interval (Student's t); None for fewer than two values."""
+    n = len(differences)
+    if n < 2:
+        return None
+    quantile = T95[n - 2] if n - 2 < len(T95) else 2.0
+    return quantile * statistics.stdev(differences) / n ** 0.5
+
+
+def verdict(variant: Variant, task: str, sign: int, differences: list[float]) -> str:
+    """Whether a change is for the better, and whether the paper says so, too.
+
+    sign: 1 if a higher metric is better, -1 if a lower one.
+    """
+    half = half_width(differences)
+    gain = sign * statistics.fmean(differences) if differences else 0.0
+    if half is None or abs(gain) <= half:
+        return "not decided"
+    theirs, baseline = paper_value(variant, task), paper_value(VARIANTS[0], task)
+    if "-" in (theirs, baseline) or theirs == baseline:
+        return "better" if gain > 0 else "worse"
+    return "agrees" if (sign * (float(theirs) - float(baseline)) > 0) == (gain > 0) else "disagrees"
 
 
 def title(report: dict) -> str:
@@ -257,15 +316,18 @@ def cells(report: dict) -> list[list[str]]:
     def number(value: float | None, sign: str = "") -> str:
         return "n/a" if value is None else f"{value:{sign}.4f}"
 
-    table = [["variant", "what it changes", "mean", "std", "vs baseline", "seeds", "paper"]]
+    table = [["variant", "what it changes", "mean", "std", "vs baseline", "95 %", "seeds", "paper",
+              "verdict"]]
     for row in report["rows"]:
         finished = sum(value is not None for value in row["values"].values())
         count = f"{finished}/{len(report['seeds'])}"
         if row["diverged"]:
             count += f", {len(row['diverged'])} diverged"
+        half = number(row["interval"])
         table.append([row["variant"], row["text"], number(row["mean"]), number(row["std"]),
-                      number(row["difference"], "+") if row["changes"] else "", count,
-                      row["paper"]])
+                      number(row["difference"], "+") if row["changes"] else "",
+                      ("n/a" if half == "n/a" else f"+-{half}") if row["changes"] else "", count,
+                      row["paper"], row["verdict"]])
     return table
 
 
@@ -284,9 +346,7 @@ def write(root: Path, report: dict) -> None:
     lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
     notes = [f"- {note}" for note in report["notes"]]
     (root / "ablation.md").write_text("\n".join(
-        [f"Ablation, {title(report)}.", "", *lines, "",
-         "std: standard deviation over the seeds; a difference below it says little.", "", *notes])
-        + "\n", encoding="utf-8")
+        [f"Ablation, {title(report)}.", "", *lines, "", *notes]) + "\n", encoding="utf-8")
     values = [[v for v in row["values"].values() if v is not None] for row in report["rows"]]
     draw.save_table(root / "ablation.png", title(report), cells(report), values,
                     ["bars: mean, whiskers: standard deviation over seeds, dots: single seeds",

@@ -83,8 +83,10 @@ def download(repo_id: str, part: str) -> tuple[Path, Path]:
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """Tensors of a safetensors file whose names start with `prefix` (cut off), still mapped to it.
 
-    Raises InputError if the file is truncated or not a .safetensors file, or no name fits.
+    Raises InputError if the file is missing, truncated or no .safetensors file, or no name fits.
     """
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]
