@@ -18,7 +18,8 @@ from ops.errors import InputError
 LIMITS = {
     "init": ("auto", "random"), "box": ("nyu", "garg", "eigen"),
     "schedule": ("poly", "two-phase", "step"), "precision": ("auto", "bfloat16", "float32"),
-    "num_prompts": (1, 65536), "refine_steps": (1, 100), "latent_scale": (1e-6, 1e6),
+    "num_prompts": (1, 65536), "num_tokens": (1, 65536), "timestep": (0, 999),
+    "refine_steps": (1, 100), "latent_scale": (1e-6, 1e6),
     "num_classes": (0, 255), "head_channels": (1, 65536), "max_depth": (0.01, 1e5),
     "resize_scale": (0, 8), "deconv_channels": (1, 65536), "sigma": (1 / 3, 100),
     "dropout": (0, 0.99), "channels": (1, 65536), "layers": (1, 16), "num_heads": (1, 1024),
