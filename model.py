@@ -15,20 +15,19 @@ Symbols   B images   N prompts   D = 768 prompt width   T passes   H, W image si
 Trained: everything but the VAE encoder and Stable Diffusion's own time embedding.
 """
 from dataclasses import asdict, dataclass, replace
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from heads import DepthHead, FusionNeck, PoseHead, PyramidNeck, SegHead, resize
 from ops.errors import InputError, read_json
 from ops.settings import from_dict
-from unet import SpatialTransformer, UNet, UNetConfig
+from unet import UNet, UNetConfig
 from vae import VAEConfig, VAEEncoder
 from weights import official
-from weights.files import SD15, assemble, find_model, modern_config, read_tensors
+from weights.files import (SD15, assemble, find_model, modern_config, read_tensors,
+                           save_model)
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ class MetaPromptModel(nn.Module):
         Depth and pose: 1-D tensors don't decay, prompts and temb do.
         """
         backbone = {id(p) for p in (*self.unet.parameters(), *self.vae.parameters())}
-        norms = {id(p) for p in transformer_norms(self.unet)}
+        norms = {id(p) for p in self.unet.transformer_norms()}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for p in self.parameters():
             if p.requires_grad:
@@ -237,21 +236,7 @@ class MetaPromptModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder` (made if it does not exist)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n",
-                                            encoding="utf-8")
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def transformer_norms(backbone: UNet):
-    """Parameters of the norms in the UNet's transformers: 128 tensors."""
-    for transformer in backbone.modules():
-        if isinstance(transformer, SpatialTransformer):
-            for module in transformer.modules():
-                if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-                    yield from module.parameters()
+        save_model(self, Path(folder))
 
 
 def read_config(path: Path) -> Config:

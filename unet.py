@@ -13,6 +13,9 @@ its third, last layer and upsampler (official: meta_prompts/models.py, output bl
 
 temb: time embedding, (B, 4*C0).   context: what cross-attention reads, (B, N, D).   Both may have
 batch size 1, which means "the same for every image" and costs their projections only once.
+
+maps: where cross-attention looked, (B, N, h, w), of the levels that are asked for; VPD reads them.
+Below `forward` every block that attends returns a list of its maps, [] where they aren't wanted.
 """
 import math
 from dataclasses import dataclass
@@ -96,6 +99,16 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](h.transpose(1, 2).reshape(B, L, C))
 
+    def map(self, x: Tensor, context: Tensor) -> Tensor:
+        """How much each token attends to each of the context's, mean over the heads: (B, L, N).
+
+        Beside `forward`, whose fused attention does not give its weights away.
+        """
+        q = self.to_q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        k = self.to_k(context).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])            # (B, heads, L, N)
+        return scores.softmax(dim=3).mean(dim=1)
+
 
 class FeedForward(nn.Module):
     """GEGLU, a linear layer whose second half gates the first through GELU, then back to C."""
@@ -124,12 +137,14 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, L, C), (B or 1, N, D) -> (B, L, C)."""
+    def forward(self, x: Tensor, context: Tensor, mapped: bool) -> tuple[Tensor, list[Tensor]]:
+        """(B, L, C), (B or 1, N, D) -> (B, L, C), [the cross-attention's map, (B, L, N)]."""
         h = self.norm1(x)
         x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        h = self.norm2(x)
+        maps = [self.attn2.map(h, context)] if mapped else []
+        x = x + self.attn2(h, context)
+        return x + self.ff(self.norm3(x)), maps
 
 
 class SpatialTransformer(nn.Module):
@@ -142,14 +157,15 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, config)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W), (B or 1, N, D) -> (B, C, H, W)."""
+    def forward(self, x: Tensor, context: Tensor, mapped: bool) -> tuple[Tensor, list[Tensor]]:
+        """(B, C, H, W), (B or 1, N, D) -> (B, C, H, W), [map (B, N, H, W)]."""
         B, C, H, W = x.shape
         h = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
         h = pointwise(self.proj_in, h)
-        h = self.transformer_blocks[0](h, context)
+        h, maps = self.transformer_blocks[0](h, context, mapped)
         h = pointwise(self.proj_out, h)
-        return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
+        x = x + h.view(B, H, W, C).permute(0, 3, 1, 2)
+        return x, [m.transpose(1, 2).unflatten(2, (H, W)) for m in maps]
 
 
 def pointwise(conv: nn.Conv2d, tokens: Tensor) -> Tensor:
@@ -171,17 +187,19 @@ class DownBlock(nn.Module):
             nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, stride=2, padding=1)})
         ] if downsample else [])
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor,
+                mapped: bool) -> tuple[list[Tensor], list[Tensor]]:
         """The level's outputs in order; each is a skip connection, the last one goes on down."""
-        skips = []
+        skips, maps = [], []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
             if len(self.attentions) > 0:
-                x = self.attentions[i](x, context)
+                x, new = self.attentions[i](x, context, mapped)
+                maps += new
             skips.append(x)
         for downsample in self.downsamplers:
             skips.append(downsample["conv"](x))          # sizes are rounded up
-        return skips
+        return skips, maps
 
 
 class MidBlock(nn.Module):
@@ -194,7 +212,7 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        x = self.attentions[0](self.resnets[0](x, temb), context)
+        x, _ = self.attentions[0](self.resnets[0](x, temb), context, mapped=False)
         return self.resnets[1](x, temb)
 
 
@@ -216,18 +234,19 @@ class UpBlock(nn.Module):
             nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, padding=1)})
         ] if upsample else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor,
-                context: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor,
+                mapped: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(B, c_in, H, W), a skip per layer -> (input of the next level, this level's feature)."""
-        outputs = []
+        outputs, maps = [], []
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, fit_skip(skips[i], x)], dim=1), temb)
             if len(self.attentions) > 0:
-                x = self.attentions[i](x, context)
+                x, new = self.attentions[i](x, context, mapped)
+                maps += new
             outputs.append(x)
         for upsample in self.upsamplers:
             x = upsample["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return x, outputs[-2] if len(self.upsamplers) > 0 else outputs[-1]
+        return x, outputs[-2] if len(self.upsamplers) > 0 else outputs[-1], maps
 
 
 def fit_skip(skip: Tensor, x: Tensor) -> Tensor:
@@ -278,21 +297,41 @@ class UNet(nn.Module):
         They have C0, C1, C2, C3 channels at 1, 1/2, 1/4, 1/8 of the latents' size rounded up to a
         multiple of 8.
         """
+        return self.with_maps(latents, temb, context, levels=())[0]
+
+    def with_maps(self, latents: Tensor, temb: Tensor, context: Tensor,
+                  levels: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        """One pass -> (four features, for each of `levels` 0, 1, 2 its map (B, N, h_i, w_i)).
+
+        A map is the mean over the level's cross-attentions, on the way down and up; at each
+        position it sums to 1.  Sides of the latents are multiples of 8.
+        """
         temb = F.silu(temb)                              # every residual block begins with it
         x = self.conv_in(latents)                        # (B, C0, h, w)
-        skips, features = [x], []
-        for block in self.down_blocks:
-            skips += self.run(block, skips[-1], temb, context)
+        skips, features, maps = [x], [], {level: [] for level in range(4)}
+        for level, block in enumerate(self.down_blocks):
+            outputs, new = self.run(block, skips[-1], temb, context, level in levels)
+            skips += outputs
+            maps[level] += new
         x = self.run(self.mid_block, skips[-1], temb, context)  # (B, C3, h/8, w/8)
-        for block in self.up_blocks:
-            level = [skips.pop() for _ in block.resnets]
-            x, feature = self.run(block, x, level, temb, context)
+        for level, block in zip((3, 2, 1, 0), self.up_blocks):
+            inputs = [skips.pop() for _ in block.resnets]
+            x, feature, new = self.run(block, x, inputs, temb, context, level in levels)
             features.insert(0, feature)
-        return features
+            maps[level] += new
+        return features, [torch.stack(maps[level]).mean(dim=0) for level in levels]
 
     def to_latents(self, feature: Tensor) -> Tensor:
         """The noise-prediction layers, finest feature -> (B, 4, h, w): the UNet's own output."""
         return self.conv_out(F.silu(self.conv_norm_out(feature)))
+
+    def transformer_norms(self):
+        """Parameters of the norms in the transformers: 128 tensors in SD1.5."""
+        for transformer in self.modules():
+            if isinstance(transformer, SpatialTransformer):
+                for module in transformer.modules():
+                    if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                        yield from module.parameters()
 
     def run(self, block: nn.Module, *inputs):
         """Call a block; with gradient checkpointing keep its inputs only, recompute the rest."""

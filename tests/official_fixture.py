@@ -27,7 +27,7 @@ def draw(name: str, shape: list[int], seed: int) -> Tensor:
         return 1 + 0.1 * r.abs()
     if name.endswith("running_mean"):
         return 0.1 * r
-    if re.fullmatch(r"(encoder\.)?(meta_prompts\d?|t\d)", name):
+    if re.fullmatch(r"(encoder\.)?(meta_prompts\d?|t\d|class_embeddings)", name):
         return r
     if len(shape) <= 1:
         return 0.1 * r + (1 if name.endswith("weight") else 0)

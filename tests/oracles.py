@@ -48,6 +48,37 @@ def diffusers_vae(channels=LEVELS, layers: int = 2, groups: int = 32, latents: i
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4))
 
 
+class KeepMaps:
+    """Attention processor of diffusers that keeps the probabilities' mean over the heads."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **others):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (attn.head_to_batch_dim(x) for x in (
+            attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
+        probs = attn.get_attention_scores(q, k)                            # (B * heads, L, N)
+        self.map = probs.unflatten(0, (-1, attn.heads)).mean(dim=1)        # (B, L, N)
+        return attn.to_out[0](attn.batch_to_head_dim(probs @ v))
+
+
+def mapped_features(unet: UNet2DConditionModel, latents, t, context) -> tuple:
+    """(four features, map per level 0, 1, 2) of diffusers' UNet: per level the mean over its
+    cross-attentions, finest first.
+    """
+    before, levels = unet.attn_processors, {0: [], 1: [], 2: []}
+    for name, module in unet.named_modules():
+        if name.endswith(".attn2"):
+            module.set_processor(KeepMaps())
+            side, number = name.split(".")[:2]
+            if side != "mid_block":
+                level = int(number) if side == "down_blocks" else 3 - int(number)
+                levels[level].append(module.processor)
+    _, features = hooked_features(unet, latents, t, context)
+    maps = [torch.stack([kept.map for kept in levels[i]]).mean(dim=0).transpose(1, 2)
+            .unflatten(2, features[i].shape[-2:]) for i in levels]
+    unet.set_attn_processor(before)
+    return features, maps
+
+
 def hooked_features(unet: UNet2DConditionModel, latents, temb_or_t, context) -> tuple:
     """(output, four features) of diffusers' UNet, the features read by forward hooks."""
     taps = [unet.up_blocks[3].attentions[-1], unet.up_blocks[2].attentions[-2],

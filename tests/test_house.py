@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEVELS = [{"tools", "hubconf"}, {"train"}, {"eval"}, {"tasks"}, {"model", "data", "pretraining"},
-          {"unet", "vae", "sets", "vpd"}, {"heads", "weights"}, {"ops"}]  # imports go to later ones
+LEVELS = [{"tools", "hubconf"}, {"train"}, {"eval"}, {"tasks"}, {"pretraining"},
+          {"model", "vpd", "data"}, {"unet", "vae", "sets"}, {"heads", "weights"},
+          {"ops"}]  # imports go to later ones
 ROOMS = ("tools", "tasks", "pretraining", "vpd", "sets", "weights", "ops")
 CARD = {"model", "unet", "vae", "heads", "data", "train", "eval"}
 SOURCES = sorted(path for room in (".", *ROOMS) for path in (ROOT / room).glob("*.py"))

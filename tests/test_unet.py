@@ -8,7 +8,8 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import LEVELS, ROUNDING, diffusers_unet, hooked_features, relative_error
+from oracles import (LEVELS, ROUNDING, diffusers_unet, hooked_features, mapped_features,
+                     relative_error)
 
 import unet as our
 from ops.errors import InputError
@@ -198,6 +199,104 @@ def test_gradient_checkpointing_changes_nothing(pair):
         sum(f.square().mean() for f in features).backward()
         results.append([*features, *(p.grad for p in ours.parameters() if p.grad is not None)])
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
+@pytest.mark.parametrize("N", [1, 11])
+def test_maps_equal_diffusers(pair, size, N):
+    """The map of every level is the mean of the probabilities in diffusers' cross-attentions there,
+    also non-square; each position's sums to 1.
+    """
+    oracle, ours = pair
+    latents, t, context = inputs(size, N)
+    with torch.no_grad():
+        _, expected = mapped_features(oracle, latents, t, context)
+        _, maps = ours.with_maps(latents, ours.embed_timestep(t), context, (0, 1, 2))
+        _, (one,) = ours.with_maps(latents, ours.embed_timestep(t), context, (1,))
+    errors = [relative_error(a, b) for a, b in zip(maps, expected)]
+    print("\n" + " ".join(f"{e:.1e}" for e in errors))
+    assert max(errors) < ROUNDING and torch.equal(one, maps[1])
+    for level, m in enumerate(maps):
+        assert m.shape == (2, N, size[0] >> level, size[1] >> level)
+        assert relative_error(m.sum(dim=1), torch.ones(m[:, 0].shape).double()) < ROUNDING
+
+
+def test_maps_of_a_distilled_unet_equal_diffusers():
+    """With one layer per block, as in BK-SDM-Base, a level has three cross-attentions."""
+    oracle = diffusers_unet(context_dim=CONTEXT, layers=1).double()
+    ours = UNet(UNetConfig(LEVELS, layers=1, context_dim=CONTEXT)).double()
+    ours.load_state_dict(oracle.state_dict())
+    latents, t, context = inputs((8, 8), N=3)
+    with torch.no_grad():
+        _, expected = mapped_features(oracle, latents, t, context)
+        _, maps = ours.with_maps(latents, ours.embed_timestep(t), context, (0, 1, 2))
+    assert all(relative_error(a, b) < ROUNDING for a, b in zip(maps, expected))
+
+
+def test_maps_cost_the_features_nothing(pair, monkeypatch):
+    """Features are the same bit for bit beside maps; without maps no score is ever computed; a
+    context for all images gives each its own map.
+    """
+    ours = deepcopy(pair[1]).float()
+    latents, t, context = (x.float() for x in inputs((8, 8), N=7))
+    temb = ours.embed_timestep(t[:1])
+    with torch.no_grad():
+        beside, maps = ours.with_maps(latents, temb, context[:1], (2, 1))
+        _, repeated = ours.with_maps(latents, temb, context[:1].expand(2, -1, -1), (2, 1))
+        monkeypatch.setattr(our.Attention, "map", None)
+        plain = ours(latents, temb, context[:1])
+    assert all(torch.equal(a, b) for a, b in zip(plain, beside))
+    assert [m.shape for m in maps] == [(2, 7, 2, 2), (2, 7, 4, 4)]
+    assert all(relative_error(a, b) < 1e-4 for a, b in zip(maps, repeated))
+    assert not torch.allclose(maps[0][0], maps[0][1])
+
+
+def with_gradients(unet, call):
+    """Features, maps, and the gradients of a loss on both."""
+    latents, t, context = inputs((8, 8), N=5)
+    unet.zero_grad()
+    features, maps = call(latents, unet.embed_timestep(t).detach(), context, (1, 2))
+    sum(x.square().mean() for x in (*features, *maps)).backward()
+    return [*features, *maps, *(p.grad.clone() for p in unet.parameters() if p.grad is not None)]
+
+
+def test_maps_are_the_same_when_recomputed(pair):
+    """Gradient checkpointing gives the same features, maps and gradients (those through the maps,
+    too) bit for bit, also in a second pass.
+    """
+    ours = deepcopy(pair[1])
+    plain = with_gradients(ours, ours.with_maps)
+    ours.gradient_checkpointing = True
+    for _ in range(2):
+        assert all(map(torch.equal, plain, with_gradients(ours, ours.with_maps)))
+
+
+def assert_same(plain, compiled):
+    """All tensors are equal but for rounding; some gradients are zero but for it."""
+    typical = torch.stack([x.abs().max() for x in plain]).median()
+    for a, b in zip(plain, compiled, strict=True):
+        assert (a - b).abs().max() / max(a.abs().max(), 0.1 * typical) < ROUNDING
+
+
+def test_maps_of_a_compiled_level_are_the_same(pair):
+    """torch.compile of a level gives its outputs and its maps, without a graph break."""
+    block = pair[1].down_blocks[1]
+    x, temb, context = (torch.randn(shape).double()
+                        for shape in ((1, LEVELS[0], 4, 4), (1, 4 * LEVELS[0]), (1, 3, CONTEXT)))
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        skips, maps = block(x, temb, context, True)
+        again, maps_again = compiled(x, temb, context, True)
+    assert len(maps) == 2
+    assert_same([*skips, *maps], [*again, *maps_again])
+
+
+@pytest.mark.slow
+def test_maps_are_the_same_when_compiled(pair):
+    """torch.compile of the whole gives the same features, maps and gradients, without a break."""
+    ours = deepcopy(pair[1])
+    compiled = torch.compile(ours.with_maps, backend="aot_eager", fullgraph=True)
+    assert_same(with_gradients(ours, ours.with_maps), with_gradients(ours, compiled))
 
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors",

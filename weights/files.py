@@ -9,6 +9,8 @@ Our modules carry the Hugging Face parameter names, so those files load as they 
 (CompVis's code, hence also the authors' checkpoints) go through the tables in ldm.py.  Tensors stay
 mapped to the file until they are touched: nothing is copied, and unread parts cost nothing.
 """
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ops.errors import InputError, read_object
@@ -264,6 +267,15 @@ def find_model(source: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(f"{source} is neither a folder nor available from the hub "
                          f"({type(error).__name__})") from None
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Write config.json and model.safetensors of a model into `folder`, made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(model.config), indent=2) + "\n",
+                                        encoding="utf-8")
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def modern_config(values: dict, defaults: dict) -> dict:

@@ -9,6 +9,7 @@ classes and all widths are read off the tensors.  What is ignored is IGNORED, no
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,23 +50,33 @@ def our_name(name: str) -> str | None:
         return f"adapters.{int(match[1]) - 1}.{match[2]}"
     if match := re.match(r"cross_unet_conv\d\.(.*)", name):
         name = f"{UNET}out.{match[1]}"
+    return backbone_name(name) or by_prefix(name, PREFIXES)
+
+
+def backbone_name(name: str) -> str | None:
+    """Our name of a tensor of the UNet or the VAE encoder; None if it is none of theirs."""
     for prefix, part in ((UNET, "unet"), ("encoder_vq.", "vae")):
         if name.startswith(prefix):
             renamed = hf_name(name.removeprefix(prefix), part)
             return renamed and f"{part}.{renamed}"
-    for prefix, ours in PREFIXES.items():
+    return None
+
+
+def by_prefix(name: str, prefixes: dict[str, str]) -> str | None:
+    """The name with the first prefix that fits replaced; None if none does."""
+    for prefix, ours in prefixes.items():
         if name.startswith(prefix):
             return ours + name.removeprefix(prefix)
     return None
 
 
-def unpickle(path: Path) -> dict:
+def unpickle(path: Path, classes: list = SAFE_CLASSES) -> dict:
     """The file's contents, with nothing executed; InputError naming a class that is not allowed."""
     if not path.is_file():
         raise InputError(f"{path} does not exist: give one of the authors' .pth or .ckpt files")
     try:
         check_archive(path)
-        with torch.serialization.safe_globals(SAFE_CLASSES):
+        with torch.serialization.safe_globals(classes):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))  # the rest is advice to load it all the same
@@ -100,31 +111,33 @@ def state_of(contents: dict, path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in contents.items()}
 
 
-def rename(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Official names -> ours, rows stacked; InputError on unknown names and unequal aliases."""
-    tensors, rows = {}, {"prompts": {}, "temb": {}}
+def rename(state: dict[str, Tensor], name_of: Callable[[str], str | None],
+           path: Path) -> dict[str, Tensor]:
+    """Official names -> ours by `name_of`; InputError on unknown names and unequal aliases."""
+    tensors = {}
     for name, tensor in state.items():
-        target = our_name(name)
+        target = name_of(name)
         if target is None:
             if not name.removeprefix("encoder.").startswith(IGNORED):
                 raise InputError(f"{path} has the unknown tensor {name}")
             continue
-        if " " in target:
-            stacked, row = target.split()
-            rows[stacked][int(row)] = tensor.reshape(-1, tensor.shape[-1])
-        elif target in tensors and not torch.equal(tensors[target], tensor):
+        if target in tensors and not torch.equal(tensors[target], tensor):
             raise InputError(f"{path}: {name} should be another name of {target}, but its values "
                              "differ")
-        else:
-            tensors[target] = tensor
-    for stacked, found in rows.items():
-        if sorted(found) != list(range(len(found))) or not found:
-            raise InputError(f"{path} lacks a row of {stacked}: it has {sorted(found)}")
-    tensors["prompts"] = torch.stack([rows["prompts"][i] for i in range(len(rows["prompts"]))])
-    tensors["temb"] = torch.cat([rows["temb"][i] for i in range(len(rows["temb"]))])
+        tensors[target] = tensor
     vae = {k[4:]: tensors.pop(k) for k in list(tensors) if k.startswith("vae.")}
     tensors.update({f"vae.{k}": v for k, v in modern_vae_attention(vae).items()})
     return tensors
+
+
+def stack_rows(tensors: dict[str, Tensor], path: Path) -> None:
+    """One tensor of "prompts 0", "prompts 1", ..., and of temb's; InputError if one is missing."""
+    for stacked, join in (("prompts", torch.stack), ("temb", torch.cat)):
+        rows = {int(name.split()[1]): tensors.pop(name) for name in list(tensors)
+                if name.startswith(f"{stacked} ")}
+        if sorted(rows) != list(range(len(rows))) or not rows:
+            raise InputError(f"{path} lacks a row of {stacked}: it has {sorted(rows)}")
+        tensors[stacked] = join([rows[i].reshape(-1, rows[i].shape[-1]) for i in range(len(rows))])
 
 
 def describe(tensors: dict[str, Tensor], path: Path) -> dict:
@@ -161,7 +174,8 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """(values for model.Config, tensors by our names) of one of the authors' files."""
     path = Path(path)
     try:
-        tensors = rename(state_of(unpickle(path), path), path)
+        tensors = rename(state_of(unpickle(path), path), our_name, path)
+        stack_rows(tensors, path)
     except (IndexError, RuntimeError) as error:          # rows of other shapes, or of none
         raise InputError(f"{path}: its tensors don't fit each other ({error})") from None
     values = describe(tensors, path)
