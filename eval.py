@@ -36,13 +36,14 @@ from ops.device import cast_weights, pick_device, pick_precision
 from ops.errors import InputError, run_command
 from ops.settings import checked, comments
 from sets.files import IMAGE_SUFFIXES, load_image, output_names
-from tasks import TASKS, depth, seg
+from tasks import TASKS, depth, methods, seg
 from tasks.flags import Parser, add_flags, check_idle, flag_paths, parse, show, with_flags
-from tasks.recipes import Recipe, check_model, find_recipe, read_recipe
+from tasks.recipes import Recipe, check_model, find_recipe, read_recipe, weights_of
 from tasks.recipes import check as check_recipe
 
-COMMANDS = ("checkpoint", "official", "task", "dataset", "image", "boxes", "tta", "say_protocol",
-            "out", "export", "save", "device", "precision", "workers")  # flags that are no settings
+COMMANDS = ("checkpoint", "official", "task", "method", "dataset", "image", "boxes", "tta",
+            "say_protocol", "out", "export", "save", "device", "precision",
+            "workers")  # flags that are no settings
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def main() -> None:
     out = default_out(args, recipe, source)
     print(f"model      {source}: {model.config}\nprotocol   {recipe.protocol}\n"
           f"device     {device}, {dtype}\nout        {out}")
-    model.to(device).eval()
+    methods.with_reader(model.to(device).eval(), weights_of(recipe))
     if args.image:
         predict_pictures(model, recipe, args, out, dtype)
     else:
@@ -76,20 +77,20 @@ def load(arguments: list[str]) -> tuple:
     The recipe is the run's, or the row of --dataset; flags may change its files and its protocol.
     """
     first = Parser("")
-    for name in ("checkpoint", "official", "task", "dataset", "image"):
+    for name in ("checkpoint", "official", "task", "method", "dataset", "image"):
         first.add_argument(f"--{name}")
     chosen, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     if chosen.checkpoint and not chosen.official:
         source = find_checkpoint(chosen.checkpoint)
-        model = MetaPromptModel.from_pretrained(source)
+        model = methods.load(source)
         recipe = recipe_of(source, model.config, chosen)
     elif chosen.official and chosen.task and chosen.dataset:
         source = Path(chosen.official)
-        recipe = find_recipe(chosen.task, chosen.dataset)
-        model = load_official(source, recipe)
+        recipe = find_recipe(chosen.task, chosen.dataset, chosen.method)
+        model = methods.load_official(source, recipe.model)
     else:
-        recipe, model, source = find_recipe(chosen.task or "seg", chosen.dataset or "shapes"), \
-            None, None                                   # for --help, or to be refused
+        model = source = None                            # for --help, or to be refused
+        recipe = find_recipe(chosen.task or "seg", chosen.dataset or "shapes", chosen.method)
     sections = ("protocol",) if chosen.image else ("files", "protocol")
     parser = command_parser(recipe, sections)
     args = parse(parser, arguments, recipe)
@@ -110,12 +111,13 @@ def command_parser(recipe: Recipe, sections: tuple[str, ...]) -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--checkpoint", help="run folder of train.py, or a saved model")
     parser.add_argument("--official", metavar="FILE", help="one of the authors' .pth / .ckpt files")
-    parser.add_argument("--task", help="seg or depth; needed only with --official")
+    parser.add_argument("--task", help="seg, depth or refer; needed only with --official")
+    parser.add_argument("--method", help="meta-prompts or vpd; needed only with --official")
     parser.add_argument("--dataset", help="default: the run's")
     parser.add_argument("--image", metavar="FILE|FOLDER", help="predict your own pictures instead")
     parser.add_argument("--boxes", metavar="FILE",
                         help="pose: detected boxes; default: the annotated people's")
-    parser.add_argument("--tta", action="store_true", help="seg: 7 scales and mirror images")
+    parser.add_argument("--tta", action="store_true", help="seg: scales and mirror images")
     parser.add_argument("--protocol", dest="say_protocol", action="store_true",
                         help="say what would be done, and stop")
     parser.add_argument("--out", help="folder for pictures and metrics; default: RUN/eval, "
@@ -171,14 +173,15 @@ def check_folder(flag: str, folder: str) -> None:
 
 def settle(recipe: Recipe, args, config: Config) -> Recipe:
     """The recipe of this evaluation: the model's own config, --tta, --boxes, --max-side."""
-    if args.task not in (None, config.task):
-        raise InputError(f"--task {args.task}: the model's task is {config.task}")
+    for name, own in (("task", config.task), ("method", methods.method_of(config))):
+        if getattr(args, name) not in (None, own):
+            raise InputError(f"--{name} {getattr(args, name)}: the model's is {own}")
     recipe = replace(recipe, model=config)
     if args.tta and recipe.task != "seg":
         raise InputError("--tta is for segmentation: depth and pose have their mirror images in "
                          "the protocol, other scales would change metres and joints' blobs")
     if args.tta:
-        recipe = replace(recipe, protocol=seg.with_tta(recipe.protocol))
+        recipe = replace(recipe, protocol=seg.with_tta(recipe.protocol, recipe.method))
     if args.boxes and not (recipe.task == "pose" if args.image else hasattr(recipe.files, "boxes")):
         raise InputError(f"--boxes {args.boxes}: {recipe.task} on {recipe.dataset} takes none")
     if args.boxes and not args.image:
@@ -215,20 +218,7 @@ def recipe_of(folder: Path, config: Config, chosen) -> Recipe:
     elif chosen.dataset is None and chosen.image is None:
         raise InputError(f"{folder} is not part of a run, whose recipe.json would say the data "
                          "set: give --dataset")
-    return find_recipe(config.task, chosen.dataset or "folder")
-
-
-def load_official(path: Path, recipe: Recipe) -> MetaPromptModel:
-    """One of the authors' models; the recipe's row supplies what a depth file does not hold."""
-    if recipe.task == "depth":
-        supplied = {"max_depth": recipe.model.max_depth, "resize_scale": recipe.model.resize_scale}
-        print(f"supplied   {supplied}: the file does not hold them, the recipe of "
-              f"{recipe.dataset} does")
-    model = MetaPromptModel.from_official(path, max_depth=recipe.model.max_depth,
-                                          resize_scale=recipe.model.resize_scale)
-    if model.config.task != recipe.task:
-        raise InputError(f"{path} is a model of task {model.config.task}, not {recipe.task}")
-    return model
+    return find_recipe(config.task, chosen.dataset or "folder", methods.method_of(config))
 
 
 def in_words(recipe: Recipe) -> str:

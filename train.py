@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 try:
@@ -32,13 +33,15 @@ from huggingface_hub.utils import tqdm
 
 import data
 import eval as evaluation
-from model import Config, MetaPromptModel, read_config
+from model import Config, MetaPromptModel
 from ops import muon, parallel
 from ops.device import autocast, device_of, pick_device, pick_precision
 from ops.errors import InputError, run_command
 from ops.settings import leaves
+from sets.ade20k import read_names
 from sets.files import UNREADABLE_SHARE
-from tasks import TASKS, depth
+from sets.nyu_kitti import SCENES
+from tasks import TASKS, depth, methods
 from tasks.flags import read_prompts, resolve
 from tasks.recipes import Recipe, check_model, lr_factor, read_recipe, weights_of
 from vae import VAEEncoder
@@ -77,7 +80,7 @@ def train(recipe: Recipe, resume: bool) -> dict:
     print(f"training   {train_set.check()}\nvalidation {val_set.check()}")
     if recipe.task == "depth":
         depth.check_range(val_set, recipe)
-    model, optimizer, state = begin(recipe, resume, class_names(train_set), device)
+    model, optimizer, state = begin(recipe, resume, class_names(recipe, train_set), device)
     recipe = replace(recipe, model=model.config)
     print_plan(recipe, model, device, dtype)
     if parallel.rank() == 0 and not resume:
@@ -86,7 +89,8 @@ def train(recipe: Recipe, resume: bool) -> dict:
 
     done = state.step * parallel.accumulation(recipe.batch, recipe.micro_batch)
     batches = Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed, done,
-                                      recipe.workers), len(train_set))
+                                      recipe.workers), len(train_set),
+                    partial(methods.text_of, model))
     with Stop() as stop:
         state = loop(recipe, model, optimizer, state, batches, val_set, dtype, stop)
     if batches.unreadable and parallel.rank() == 0:
@@ -109,7 +113,7 @@ def begin(recipe: Recipe, resume: bool, names: tuple[str, ...], device: torch.de
         model = build_model(recipe, names).to(device)
         optimizer = build_optimizer(model, recipe)
     model.unet.gradient_checkpointing = recipe.gradient_checkpointing
-    return model, optimizer, state
+    return methods.with_reader(model, weights_of(recipe)), optimizer, state
 
 
 def continued(recipe: Recipe, names: tuple[str, ...], device: torch.device):
@@ -121,7 +125,7 @@ def continued(recipe: Recipe, names: tuple[str, ...], device: torch.device):
     for folder in folders:
         try:
             state = checkpoint.read_state(folder)
-            model = checkpoint.own_memory(MetaPromptModel.from_pretrained(folder)).train()
+            model = checkpoint.own_memory(methods.load(folder)).train()
             model, optimizer = model.to(device), build_optimizer(model, recipe)
             checkpoint.load_optimizer(folder, model, optimizer, state.step)
             edited = edits(recipe, folder / "recipe.json")
@@ -151,15 +155,22 @@ def edits(recipe: Recipe, path: Path) -> str:
     return f"; recipe.json was edited since: {', '.join(found)}" if found else ""
 
 
-def class_names(train_set) -> tuple[str, ...]:
-    """Names of a segmentation set's classes, () for other tasks."""
+def class_names(recipe: Recipe, train_set) -> tuple[str, ...]:
+    """Names of a segmentation set's classes, of scene types for VPD's depth, () for other tasks."""
+    if recipe.method == "vpd" and recipe.task == "depth":
+        return read_names(Path(recipe.scene_types)) if recipe.scene_types else SCENES
     return train_set.classes.names if hasattr(train_set, "classes") else ()
 
 
 def build_model(recipe: Recipe, names: tuple[str, ...]) -> MetaPromptModel:
     """A new model: on pretrained weights, on another run's, or from random ones."""
-    config = replace(recipe.model, num_classes=len(names), class_names=names)
     torch.manual_seed(recipe.seed)
+    if recipe.method == "vpd":
+        prompts = recipe.prompts and read_prompts(Path(recipe.prompts),
+                                                  recipe.model.unet.context_dim)
+        print(f"backbone   {recipe.backbone}: pretrained, VAE encoder frozen; VPD")
+        return methods.new_vpd(recipe.model, names, weights_of(recipe), prompts).train()
+    config = replace(recipe.model, num_classes=len(names), class_names=names)
     if recipe.init_from:
         model = second_stage(recipe, config)
     elif recipe.init == "random":
@@ -193,7 +204,7 @@ def second_stage(recipe: Recipe, config: Config) -> MetaPromptModel:
     anything else that the weights depend on differs.
     """
     folder = evaluation.find_checkpoint(recipe.init_from, "--init-from")
-    theirs = read_config(folder / "config.json")
+    theirs = methods.read_config(folder / "config.json")
     if recipe.init == "pretrained":                      # its widths were not asked for
         config = replace(config, unet=theirs.unet, vae=theirs.vae)
     before = asdict(theirs)
@@ -226,9 +237,11 @@ def print_plan(recipe: Recipe, model: MetaPromptModel, device, dtype) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     every = sum(p.numel() for p in model.parameters()) / 1e6
     devices = f"{parallel.world()} x {device}" if parallel.world() > 1 else device
-    print(f"model      {every:.1f} M parameters, {trained:.1f} M trained; T = "
-          f"{recipe.model.refine_steps}, N = {recipe.model.num_prompts}\ndevice     {devices}, "
-          f"{dtype}, torch {torch.__version__}\nout        {recipe.out}", flush=True)
+    asked = "VPD" if recipe.method == "vpd" else \
+        f"T = {recipe.model.refine_steps}, N = {recipe.model.num_prompts}"
+    print(f"model      {every:.1f} M parameters, {trained:.1f} M trained; {asked}\n"
+          f"device     {devices}, {dtype}, torch {torch.__version__}\nout        {recipe.out}",
+          flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -291,9 +304,10 @@ def train_step(loss_of, optimizer, batches, recipe: Recipe, step: int, device, d
         names += batch["name"]
         images = batch["image"].to(device, non_blocking=True)
         target = batch["target"].to(device, non_blocking=True)
+        text = batch.get("text")                         # VPD's
         with parallel.exchange_gradients(loss_of, now=i == accumulate - 1):
             with autocast(device, dtype):
-                losses = loss_of(images, target)
+                losses = loss_of(images, target, *([] if text is None else [text]))
             values = parallel.mean({name: value.item() for name, value in losses.items()})
             require_finite(sum(values.values()), "loss", step, batch["name"], optimizer)
             (sum(losses.values()) / accumulate).backward()
@@ -342,10 +356,13 @@ def validate(recipe: Recipe, model: MetaPromptModel, val_set, dtype: torch.dtype
 class Timed:
     """Iterator over a loader that knows its rate, how long it kept the loop waiting, and which of
     the set's `length` images could not be read: rates and images are those of all processes.
+
+    A batch has "text", what the model reads beside the images, or None.
     """
 
-    def __init__(self, loader, length: int):
-        self.iterator, self.length, self.unreadable = iter(loader), length, {}
+    def __init__(self, loader, length: int, text_of):
+        self.iterator, self.length, self.text_of = iter(loader), length, text_of
+        self.unreadable = {}
         self.restart()
 
     def restart(self) -> None:
@@ -359,7 +376,7 @@ class Timed:
         self.images += len(batch["image"]) * parallel.world()
         for message in filter(None, sum(parallel.gather(batch["unreadable"]), [])):
             self.skip(message)
-        return batch
+        return {**batch, "text": self.text_of(batch)}
 
     def skip(self, message: str) -> None:
         """Note an unreadable image; InputError when they are more than 1 % of the set."""

@@ -16,7 +16,8 @@ from ops.errors import InputError
 # What a setting may be, by its name, in whichever class: (least, most) of a number, of each number
 # of a tuple, or the words that are possible.
 LIMITS = {
-    "init": ("pretrained", "random-unet", "random"), "box": ("nyu", "garg", "eigen"),
+    "method": ("vpd",), "init": ("pretrained", "random-unet", "random"),
+    "box": ("nyu", "garg", "eigen"),
     "schedule": ("poly", "two-phase", "step", "power"),
     "precision": ("auto", "bfloat16", "float32"),
     "num_prompts": (1, 65536), "num_tokens": (1, 65536), "timestep": (0, 999),

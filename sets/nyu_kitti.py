@@ -19,6 +19,12 @@ from sets.files import (Cut, PairFiles, check_some, find_root, list_pairs, load_
                         to_sample)
 
 KITTI_SIZE = (352, 1216)  # of the benchmark's crop
+SCENES = (  # NYU v2's types of scenes in VPD's order (depth/dataset/nyu_class_list.json), as spelt
+    "printer_room", "bathroom", "living_room", "study", "conference_room", "study_room", "kitchen",
+    "home_office", "bedroom", "dinette", "playroom", "indoor_balcony", "laundry_room", "basement",
+    "excercise_room", "foyer", "home_storage", "cafe", "furniture_store", "office_kitchen",
+    "student_lounge", "dining_room", "reception_room", "computer_lab", "classroom", "office",
+    "bookstore")
 Pairs = list[tuple[Path, Path]]  # (rgb, depth) files
 
 

@@ -11,6 +11,6 @@ Every module has the same few names:
     view(image, file, recipe, ready)    the picture that the model gets of it, in one piece
     written(recipe, ready)              what `apply` writes, in words
 """
-from tasks import depth, pose, seg
+from tasks import depth, pose, refer, seg
 
-TASKS = {"seg": seg, "depth": depth, "pose": pose}
+TASKS = {"seg": seg, "depth": depth, "pose": pose, "refer": refer}

@@ -4,6 +4,7 @@ Follows the official code (depth/test.py, depth/utils_depth/metrics.py): metrics
 the benchmark's box, then the mean over images.
 """
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ops.errors import InputError
 from sets.files import CHECKED_FILES, relative_names
 from sets.nyu_kitti import recording
 from tasks.common import batches, bounded, merged
+from tasks.methods import text_of
 
 METRIC = ("rmse", -1)
 METRICS = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
@@ -60,10 +62,10 @@ def shifted_windows(width: int, side: int, count: int) -> list[int]:
 
 @torch.inference_mode()
 def predict(model: MetaPromptModel, images: Tensor, protocol: Protocol, dtype: torch.dtype,
-            batch: int = 8) -> Tensor:
+            batch: int = 8, text: Tensor | None = None) -> Tensor:
     """Metres (B, H, W) of images (B, 3, H, W) in [0, 1]: mean over windows and mirror images.
 
-    `batch` windows at once.
+    `batch` windows at once.  text: VPD's numbers of the images' scene types, (B,).
     """
     B, _, H, W = images.shape
     side = min(H, W) if protocol.windows > 1 else W
@@ -72,10 +74,11 @@ def predict(model: MetaPromptModel, images: Tensor, protocol: Protocol, dtype: t
     for first in range(0, len(places), max(1, batch // B)):
         group = places[first:first + max(1, batch // B)]
         crops = torch.cat([images[..., x:x + side] for x in group])
+        ask = model if text is None else partial(model, text=text.repeat(len(group)))
         with autocast(images.device, dtype):
-            depth = model(crops)[:, 0].float()
+            depth = ask(crops)[:, 0].float()
             if protocol.flip:
-                depth = (depth + model(crops.flip(-1))[:, 0].float().flip(-1)) / 2
+                depth = (depth + ask(crops.flip(-1))[:, 0].float().flip(-1)) / 2
         for output, x in zip(depth.split(B), group):
             total[..., x:x + side] += output
             count[x:x + side] += 1
@@ -148,7 +151,8 @@ def evaluate(model: MetaPromptModel, dataset, protocol: Protocol, dtype: torch.d
     device = device_of(model)
     results, rows, places = [], [], depth_names(dataset.names()) if export is not None else {}
     for batch, images, target, drawn in batches(dataset, protocol.at_once, workers, device):
-        depth = resize(predict(model, images, protocol, dtype)[None], target.shape[-2:])[0]
+        depth = predict(model, images, protocol, dtype, text=text_of(model, batch))
+        depth = resize(depth[None], target.shape[-2:])[0]
         depth = depth.nan_to_num(nan=protocol.min_depth_eval, posinf=protocol.max_depth_eval)
         results.append([])
         for i, name in enumerate(batch["name"]):

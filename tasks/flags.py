@@ -19,17 +19,24 @@ from torch import Tensor
 
 from ops.errors import InputError
 from ops.settings import checked, comments, leaves, with_leaves
-from tasks.recipes import RECIPES, Recipe, check, find_recipe, read_recipe, tiny
+from tasks.recipes import ROWS, Recipe, check, find_recipe, read_recipe, tiny
 from weights.files import read_tensors
 
 FieldPath = tuple[str, ...]  # names of the fields that lead to a setting
 
 UNFIT = re.compile(r"^$|[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # as a word of a command line
-FOUND_OUT = ("task", "class_names", "num_classes", "fixed_prompts")  # no flags
-UNUSED = {  # fields of the model and the run that a task does not read
-    "seg": ("max_depth", "resize_scale", "deconv_channels", "sigma", "crop_width"),
-    "depth": ("dropout", "deconv_channels", "sigma", "crop_width"),
-    "pose": ("dropout", "head_channels", "max_depth", "resize_scale"),
+FOUND_OUT = ("task", "method", "class_names", "num_classes", "fixed_prompts")  # no flags
+UNUSED = {  # fields of the model and the run that a method's task does not read
+    ("meta-prompts", "seg"): ("max_depth", "resize_scale", "deconv_channels", "sigma", "crop_width",
+                              "scene_types"),
+    ("meta-prompts", "depth"): ("dropout", "deconv_channels", "sigma", "crop_width",
+                                "scene_types"),
+    ("meta-prompts", "pose"): ("dropout", "head_channels", "max_depth", "resize_scale",
+                               "scene_types"),
+    ("vpd", "seg"): ("num_tokens", "max_depth", "crop_width", "scene_types", "init", "init_from"),
+    ("vpd", "depth"): ("num_tokens", "map_gradient", "dropout", "crop_width", "init", "init_from"),
+    ("vpd", "refer"): ("head_channels", "max_depth", "dropout", "prompts", "scene_types", "init",
+                       "init_from"),
 }
 
 
@@ -47,10 +54,10 @@ class Parser(argparse.ArgumentParser):
 
 def flag_paths(recipe: Recipe) -> dict[str, FieldPath]:
     """Name of a flag, with underscores -> where its value lies in a recipe of this task and set."""
-    found = {}
+    found, none = {}, ("dataset", *FOUND_OUT, *UNUSED[recipe.method, recipe.task])
     for path in leaves(recipe):
         name = "_".join(path[-2:]) if path[-2:-1] in (("unet",), ("vae",)) else path[-1]
-        if path[0] != "dataset" and path[-1] not in (*FOUND_OUT, *UNUSED.get(recipe.task, ())):
+        if path[-1] not in none:
             found[name] = path
     return found
 
@@ -135,8 +142,9 @@ def parse(parser: Parser, arguments: list[str], recipe: Recipe) -> argparse.Name
         name = word.removeprefix("--").split("=")[0].replace("-", "_").removeprefix("no_")
         if not word.startswith("--"):
             raise InputError(f"{word} stands alone: values follow a --flag")
-        rows = [f"{row.task} on {row.dataset}" for row in RECIPES.values()
+        rows = [f"{row.task} on {row.dataset}" for rows in ROWS.values() for row in rows.values()
                 if name in flag_paths(row)]
+        rows = list(dict.fromkeys(rows))
         if name in flag_paths(recipe):
             raise InputError(f"{word} is no flag of this command: it would do nothing here")
         where = f"; it is one of {', '.join(rows)}" if rows else ""
@@ -160,20 +168,22 @@ def resolve(arguments: list[str], description: str = "") -> tuple[Recipe, bool]:
     first.add_argument("--task", default="seg")
     first.add_argument("--dataset", default="shapes")
     first.add_argument("--backbone")
+    first.add_argument("--method")
     chosen, _ = first.parse_known_args([a for a in arguments if a not in HELP])
     if (run := resumed(arguments)) is not None:
         return replace(read_recipe(run / "recipe.json"), out=str(run)), True
-    row = find_recipe(chosen.task, chosen.dataset)
+    row = find_recipe(chosen.task, chosen.dataset, chosen.method)
     row = tiny(row) if chosen.backbone == "tiny" and row.backbone != "tiny" else row
     parser = Parser(description)
     parser.add_argument("--resume", metavar="RUN", help="continue RUN with its own recipe")
-    parser.add_argument("--task", help="seg, depth or pose [seg]")
-    parser.add_argument("--dataset", help=f"{', '.join(d for t, d in RECIPES if t == row.task)} "
-                        "[shapes]")
+    parser.add_argument("--task", help="seg, depth, pose, or VPD's refer [seg]")
+    parser.add_argument("--method", help="meta-prompts or vpd [meta-prompts; vpd for refer]")
+    names = ", ".join(name for task, name in ROWS[row.method] if task == row.task)
+    parser.add_argument("--dataset", help=f"{names} [shapes]")
     add_flags(parser, row, SECTIONS)
     given = vars(parse(parser, arguments, row))
     given = {name: words for name, words in given.items()
-             if name not in ("task", "dataset", "resume")}
+             if name not in ("task", "method", "dataset", "resume")}
     return finish(with_flags(row, given), given), False
 
 
@@ -193,7 +203,7 @@ def finish(recipe: Recipe, given: dict) -> Recipe:
     """The recipe with what follows from its settings; InputError if they can't work together."""
     check_idle(recipe, given)
     check(recipe)
-    if recipe.prompts:
+    if recipe.prompts and recipe.method == "meta-prompts":
         recipe = with_prompts(recipe, given)
     if recipe.init == "random":
         recipe = replace(recipe, model=replace(recipe.model, train_encoder=True))

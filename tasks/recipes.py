@@ -13,11 +13,14 @@ from ops.settings import check_widths, from_dict
 from sets.ade20k import Ade20k, SegFolder
 from sets.cityscapes import Cityscapes, CityscapesExtra, Mapillary
 from sets.coco import Coco, PoseFolder
-from sets.embedded import DepthScenes, PoseScenes, Scenes
+from sets.embedded import DepthScenes, PoseScenes, ReferScenes, Scenes
 from sets.nyu_kitti import DepthFolder, Kitti, Nyu
-from tasks import depth, pose, seg
+from sets.refcoco import RefCoco, RefCocoG, RefCocoPlus, ReferFolder
+from tasks import depth, pose, refer, seg
+from tasks.methods import METHODS, method_of
 from unet import UNetConfig
 from vae import VAEConfig
+from vpd.model import VPDConfig
 from weights.files import SD15, TINY_SD
 
 
@@ -27,13 +30,14 @@ class Recipe:
 
     dataset: str = "ade20k"  # a row of RECIPES
     files: object = Ade20k()  # where the data set lies: a settings class of sets/
-    model: Config = Config()  # what the model is
+    model: object = Config()  # what the model is: of model.py, or of vpd/model.py
     protocol: object = seg.Protocol((2048, 512), 512, 341)  # how it is asked: of tasks/
 
     backbone: str = SD15  # hub id, folder, .safetensors; "tiny": our own, weights/tiny-sd
     init: str = "pretrained"  # "random-unet": its encoder only; "random": neither, both are trained
     init_from: str | None = None  # run to start from, for a second stage (Mapillary -> Cityscapes)
     prompts: str | None = None  # .safetensors of one tensor (N, D): fixed text embeddings (Table 5)
+    scene_types: str | None = None  # of VPD's depth: a file, one per line; none: NYU v2's 27
 
     iterations: int = 80_000  # optimiser steps; paper Table 2
     batch: int = 16  # images per optimiser step; paper Table 6 (released configs: 8)
@@ -63,8 +67,13 @@ class Recipe:
 
     @property
     def task(self) -> str:
-        """"seg", "depth" or "pose"."""
+        """"seg", "depth", "pose" or "refer"."""
         return self.model.task
+
+    @property
+    def method(self) -> str:
+        """"meta-prompts" or "vpd"."""
+        return method_of(self.model)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -97,18 +106,24 @@ TINY_VAE = VAEConfig((16, 32, 64, 64), layers=1, latent_channels=8, groups=8)
 
 def tiny(recipe: Recipe) -> Recipe:
     """The recipe on the tiny backbone, for a CPU and minutes; docs/RESULTS.md says how chosen."""
-    model = replace(recipe.model, num_prompts=32, head_channels=32, unet=TINY_UNET, vae=TINY_VAE)
-    recipe = replace(recipe, backbone="tiny", model=model, iterations=600, batch=8, micro_batch=8,
-                     lr=5e-3, unet_lr_mult=0.3, weight_decay=1e-2, warmup=40,
-                     crop=128, workers=0, gradient_checkpointing=False, log_every=10,
-                     eval_every=300, save_every=300)
+    model = replace(recipe.model, unet=TINY_UNET, vae=TINY_VAE)
+    recipe = replace(recipe, backbone="tiny", iterations=600, batch=8, micro_batch=8, lr=5e-3,
+                     unet_lr_mult=0.3, weight_decay=1e-2, warmup=40, crop=128, workers=0,
+                     gradient_checkpointing=False, log_every=10, eval_every=300, save_every=300)
+    if recipe.method == "vpd":
+        model = replace(model, head_channels=32 if recipe.task == "depth" else 64, num_tokens=24)
+    else:
+        model = replace(model, num_prompts=32 if recipe.task == "seg" else 64, head_channels=32)
     if recipe.task == "seg":
-        return replace(recipe, protocol=replace(recipe.protocol, scale=None))
-    recipe = replace(recipe, batch=16, micro_batch=16, schedule="poly")
-    model = replace(model, num_prompts=64)
+        return replace(recipe, model=model, protocol=replace(recipe.protocol, scale=None))
+    recipe = replace(recipe, batch=16, micro_batch=16)
+    if recipe.task == "refer":
+        return replace(recipe, model=model)
+    recipe = replace(recipe, schedule="poly")
     if recipe.task == "depth":
-        return replace(recipe, model=replace(model, max_depth=80.0, resize_scale=0),
-                       iterations=1500, eval_every=500)
+        model = replace(model, max_depth=80.0)
+        model = model if recipe.method == "vpd" else replace(model, resize_scale=0)
+        return replace(recipe, model=model, iterations=1500, eval_every=500)
     model = replace(model, sigma=2.0, deconv_channels=(64,))
     return replace(recipe, model=model, crop_width=128, clip=0.0, iterations=500, eval_every=250,
                    save_every=250)
@@ -140,16 +155,51 @@ RECIPES = {
     ("pose", "coco"): POSE,
 }
 
+# VPD as released (wl-zhao/VPD): what it has in common with Meta Prompts is taken from there.
+VPD_SEG = replace(SEG, model=VPDConfig())  # segmentation/configs: batch, rates, decay are SEG's
+VPD_DEPTH = replace(DEPTH, model=VPDConfig(task="depth", num_classes=27, head_channels=192))
+VPD_REFER = Recipe(  # refer/args.py, refer/train.sh; the UNet's rate as it ran: param_groups
+    dataset="refcoco", files=RefCoco(), model=VPDConfig(task="refer"), protocol=refer.Protocol(),
+    iterations=40 * 1325, batch=32, micro_batch=4, lr=5e-5, schedule="power", unet_lr_mult=1.0,
+    weight_decay=1e-2, warmup=0, crop=512, eval_every=1325, save_every=1325)
+VPD = {
+    ("seg", "shapes"): replace(tiny(VPD_SEG), dataset="shapes", files=Scenes(),
+                               protocol=seg.Protocol(at_once=16)),
+    ("seg", "folder"): replace(VPD_SEG, dataset="folder", files=SegFolder(),  # ours
+                               protocol=seg.Protocol()),
+    ("seg", "ade20k"): VPD_SEG,
+    ("depth", "shapes"): replace(tiny(VPD_DEPTH), dataset="shapes",
+                                 files=DepthScenes(val_scenes=200),
+                                 protocol=depth.Protocol(at_once=16)),
+    ("depth", "folder"): replace(VPD_DEPTH, dataset="folder", files=DepthFolder(),  # ours
+                                 model=replace(VPD_DEPTH.model, max_depth=80.0),
+                                 protocol=depth.Protocol()),
+    ("depth", "nyu"): VPD_DEPTH,
+    ("refer", "shapes"): replace(tiny(VPD_REFER), dataset="shapes", files=ReferScenes(),
+                                 protocol=refer.Protocol(at_once=16)),
+    ("refer", "folder"): replace(VPD_REFER, dataset="folder", files=ReferFolder()),  # ours
+    ("refer", "refcoco"): VPD_REFER,
+    ("refer", "refcoco+"): replace(VPD_REFER, dataset="refcoco+", files=RefCocoPlus()),
+    ("refer", "refcocog"): replace(VPD_REFER, dataset="refcocog", files=RefCocoG(),
+                                   model=replace(VPD_REFER.model, num_tokens=77)),
+}
+ROWS = {"meta-prompts": RECIPES, "vpd": VPD}
 
-def find_recipe(task: str, dataset: str) -> Recipe:
-    """A row; InputError naming the possible ones."""
-    if (task, dataset) not in RECIPES:
-        tasks = sorted({t for t, _ in RECIPES})
+
+def find_recipe(task: str, dataset: str, method: str | None = None) -> Recipe:
+    """A row; InputError naming the possible ones.  No method: Meta Prompts, but VPD for refer."""
+    if method not in (None, *METHODS):
+        raise InputError(f"--method {method} is unknown: choose from {', '.join(METHODS)}")
+    method = method or ("vpd" if task == "refer" else "meta-prompts")
+    rows = ROWS[method]
+    if (task, dataset) not in rows:
+        tasks = sorted({t for t, _ in rows})
         if task not in tasks:
-            raise InputError(f"--task {task} is unknown: choose from {', '.join(tasks)}")
-        names = ", ".join(name for t, name in RECIPES if t == task)
+            raise InputError(f"--task {task} is unknown for --method {method}: choose from "
+                             f"{', '.join(tasks)}")
+        names = ", ".join(name for t, name in rows if t == task)
         raise InputError(f"--dataset {dataset} is unknown for {task}: choose from {names}")
-    return RECIPES[task, dataset]
+    return rows[task, dataset]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -192,7 +242,8 @@ def check(recipe: Recipe) -> None:
     if recipe.batch % recipe.micro_batch:
         raise InputError(f"--batch {recipe.batch} is no multiple of --micro-batch "
                          f"{recipe.micro_batch}")
-    if recipe.model.resize_scale == 0 and (recipe.crop % 64 or (recipe.crop_width or 0) % 64):
+    sides = recipe.crop, recipe.crop_width or 0
+    if getattr(recipe.model, "resize_scale", 1) == 0 and any(side % 64 for side in sides):
         raise InputError(f"--crop {recipe.crop}, --crop-width {recipe.crop_width}: a side that is "
                          "no multiple of 64, the UNet's coarsest stride")
     if recipe.min_lr > recipe.lr:
@@ -219,20 +270,21 @@ def read_recipe(path: Path) -> Recipe:
                          f"run with --init-from {path.parent}")
     model, dataset = values.get("model"), values.get("dataset")
     task = model.get("task") if isinstance(model, dict) else None
-    if not isinstance(task, str) or not isinstance(dataset, str) or (task, dataset) not in RECIPES:
+    rows = VPD if isinstance(model, dict) and model.get("method") == "vpd" else RECIPES
+    if not isinstance(task, str) or not isinstance(dataset, str) or (task, dataset) not in rows:
         raise InputError(f"{path} is no recipe: its model.task and its dataset, {task!r:.40} and "
                          f"{dataset!r:.40}, are no row of tasks/recipes.py")
-    row, nested = RECIPES[task, dataset], {}
-    for name in ("files", "protocol"):
+    row, nested = rows[task, dataset], {}
+    for name in ("files", "model", "protocol"):
         nested[name] = from_dict(type(getattr(row, name)), values.get(name), f"{path}: {name}")
     recipe = from_dict(Recipe, {**values, **nested}, str(path))
     check(recipe)
     return recipe
 
 
-def check_model(recipe: Recipe, path: Path, config: Config, folder: Path) -> None:
+def check_model(recipe: Recipe, path: Path, config, folder: Path) -> None:
     """InputError if the model in `folder` is not the one of the recipe that `path` holds."""
     differing = [name for name, value in vars(config).items()
-                 if value != getattr(recipe.model, name)]
+                 if value != getattr(recipe.model, name, None)]
     if differing:
         raise InputError(f"{folder}/config.json and {path} disagree about {', '.join(differing)}")

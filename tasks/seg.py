@@ -23,6 +23,7 @@ from tasks.common import SMALLEST, batches, bounded, merged
 
 METRIC = ("mIoU", 1)
 TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # official: configs/cityscapes_ms.py
+VPD_RATIOS = (1.0, 1.125, 1.25, 1.375, 1.5)  # official VPD: segmentation/test.py, --aug-test
 PROBABILITIES = 1 << 27  # held at once, 0.5 GB; labels of larger images are enlarged afterwards
 
 
@@ -44,9 +45,9 @@ class Protocol:
                              f"pixels: it is {self.stride}")
 
 
-def with_tta(protocol: Protocol) -> Protocol:
-    """The protocol with 7 scales and mirror images, 14 passes."""
-    return replace(protocol, ratios=TTA_RATIOS, flip=True)
+def with_tta(protocol: Protocol, method: str = "meta-prompts") -> Protocol:
+    """The protocol with the method's scales and mirror images, 14 passes or VPD's 10."""
+    return replace(protocol, ratios=VPD_RATIOS if method == "vpd" else TTA_RATIOS, flip=True)
 
 
 # ------------------------------------------------------------------------------------------------

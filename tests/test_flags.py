@@ -17,9 +17,10 @@ from ops.errors import InputError
 from ops.settings import LIMITS, leaves
 from tasks.flags import (FOUND_OUT, SECTIONS, UNUSED, Parser, add_flags, flag_paths, free_folder,
                          owner_of, parse, resolve, show, with_flags)
-from tasks.recipes import RECIPES
+from tasks.recipes import RECIPES, ROWS
 
-KEYS = pytest.mark.parametrize("key", RECIPES, ids="-".join)
+EVERY = {(method, *key): row for method, rows in ROWS.items() for key, row in rows.items()}
+KEYS = pytest.mark.parametrize("key", EVERY, ids="-".join)
 
 
 def hint_of(row, path):
@@ -41,7 +42,7 @@ def other(kind, value, name):
         return not value
     if kind is str:
         return (value or "") + "x"
-    return kind((value or limits[0]) + (1 if limits[1] > 10 else 0.03125))
+    return kind((value or limits[0]) + (2 if limits[1] > 10 else 0.03125))
 
 
 def words_of(name, value):
@@ -55,9 +56,9 @@ def words_of(name, value):
 @KEYS
 def test_every_setting_is_a_flag_of_its_own(key):
     """No two settings share a name, and only what is found out, or not read, is left out."""
-    row = RECIPES[key]
+    row = EVERY[key]
     wanted = {path for path in leaves(row) if path != ("dataset",)
-              and path[-1] not in (*FOUND_OUT, *UNUSED[row.task])}
+              and path[-1] not in (*FOUND_OUT, *UNUSED[row.method, row.task])}
     paths = flag_paths(row)
     assert set(paths.values()) == wanted and len(paths) == len(wanted)
     assert all(name.endswith(path[-1]) for name, path in paths.items())
@@ -66,7 +67,7 @@ def test_every_setting_is_a_flag_of_its_own(key):
 @KEYS
 def test_every_flag_arrives_with_its_type(key):
     """Another value for every setting of the row, all on one command line."""
-    row = RECIPES[key]
+    row = EVERY[key]
     paths = flag_paths(row)
     wanted = {path: other(hint_of(row, path), leaves(row)[path], path[-1])
               for path in paths.values()}
@@ -99,8 +100,8 @@ def test_help_explains_every_flag_of_the_row_and_no_other(key, monkeypatch, caps
     """Per flag a text that is not empty, and the row's value."""
     monkeypatch.setenv("COLUMNS", "400")
     with pytest.raises(SystemExit) as stop:
-        resolve(["--task", key[0], "--dataset", key[1], "--help"])
-    text, row = capsys.readouterr().out, RECIPES[key]
+        resolve(["--method", key[0], "--task", key[1], "--dataset", key[2], "--help"])
+    text, row = capsys.readouterr().out, EVERY[key]
     assert stop.value.code == 0
     options = text.partition("options:")[2]
     own = {"--" + name.replace("_", "-"): path for name, path in flag_paths(row).items()}
@@ -110,7 +111,7 @@ def test_help_explains_every_flag_of_the_row_and_no_other(key, monkeypatch, caps
         assert line and line[1].endswith(f" [{value}]"), flag
         assert len(line[1].removesuffix(f"[{value}]")) > 5, f"{flag} has no comment"
     found = set(re.findall(r"^  (--[\w-]+)", options, re.M))
-    assert found == {*own, "--resume", "--task", "--dataset"}
+    assert found == {*own, "--resume", "--task", "--method", "--dataset"}
 
 
 # ------------------------------------------------------------------------------------------------

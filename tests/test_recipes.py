@@ -10,7 +10,10 @@ import pytest
 
 from ops.errors import InputError
 from tasks.flags import resolve
-from tasks.recipes import RECIPES, find_recipe, lr_factor, read_recipe
+from tasks.recipes import RECIPES, ROWS, find_recipe, lr_factor, read_recipe
+
+EVERY = {(method, *key): row for method, rows in ROWS.items() for key, row in rows.items()}
+KEYS = pytest.mark.parametrize("key", EVERY, ids="-".join)
 
 
 def test_learning_rate_meets_the_golden_values():
@@ -54,22 +57,24 @@ def test_the_ade20k_recipe_is_the_papers():
     assert protocol.at_once == 1
 
 
-@pytest.mark.parametrize("key", RECIPES, ids="-".join)
+@KEYS
 def test_every_row_resolves(tmp_path, key):
-    """A task and a data set are enough; what is added follows from the row."""
-    row, (recipe, resumed) = RECIPES[key], resolve(["--task", key[0], "--dataset", key[1], "--out",
-                                                    str(tmp_path / "r")])
-    assert not resumed and (row.task, row.dataset) == key
+    """Method, task and data set are enough; what is added follows from the row."""
+    words = ["--method", key[0], "--task", key[1], "--dataset", key[2]]
+    row, (recipe, resumed) = EVERY[key], resolve([*words, "--out", str(tmp_path / "r")])
+    assert not resumed and (row.method, row.task, row.dataset) == key
     row = replace(row, out=str(tmp_path / "r"))
     if getattr(row.protocol, "max_side", None) == 0:
         row = replace(row, protocol=replace(row.protocol, max_side=2 * row.crop))
     assert recipe == row
-    assert (row.backbone == "tiny") == (key[1] == "shapes") and not row.model.train_encoder
+    assert (row.backbone == "tiny") == (row.dataset == "shapes")
+    assert not getattr(row.model, "train_encoder", False)
 
 
 def test_unknown_rows_are_refused_with_the_possible_ones():
     """Tasks first, then the data sets of the task."""
-    with pytest.raises(InputError, match="--task flow is unknown: choose from depth, pose, seg"):
+    with pytest.raises(InputError, match="--task flow is unknown for --method meta-prompts: choose "
+                                         "from depth, pose, seg"):
         find_recipe("flow", "shapes")
     with pytest.raises(InputError, match="nyu is unknown for pose: .* shapes, folder, coco"):
         find_recipe("pose", "nyu")
@@ -78,12 +83,12 @@ def test_unknown_rows_are_refused_with_the_possible_ones():
 # ------------------------------------------------------------------------------------------------
 # recipe.json
 
-@pytest.mark.parametrize("key", RECIPES, ids="-".join)
+@KEYS
 def test_a_recipe_is_read_back(tmp_path, key):
     """recipe.json holds every setting, those of the data set and the protocol included."""
     path = tmp_path / "recipe.json"
-    path.write_text(json.dumps(asdict(RECIPES[key])))
-    assert read_recipe(path) == RECIPES[key]
+    path.write_text(json.dumps(asdict(EVERY[key])))
+    assert read_recipe(path) == EVERY[key]
 
 
 def spoiled(kind):

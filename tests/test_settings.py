@@ -9,7 +9,7 @@ import pytest
 from ops.errors import InputError
 from ops.settings import LIMITS, checked, comments, from_dict, leaves, with_leaves
 from pretraining.settings import Settings as Pretraining
-from tasks.recipes import RECIPES
+from tasks.recipes import ROWS
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ def test_values_out_of_their_limits_are_refused(hint, name, good, bad, message):
 
 def test_every_number_has_limits():
     """Those of all rows, and no limit is left of a setting that is gone."""
-    names = {path[-1]: value for row in RECIPES.values() for path, value in leaves(row).items()}
+    names = {path[-1]: value for rows in ROWS.values() for row in rows.values()
+             for path, value in leaves(row).items()}
     numbers = {name for name, value in names.items()
                if isinstance(value, (int, float)) and not isinstance(value, bool)}
     assert numbers <= LIMITS.keys()

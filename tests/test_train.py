@@ -221,7 +221,8 @@ def test_an_unreadable_image_is_replaced_and_counted():
     assert tolerant[0, 5]["name"] == "7" and "5.jpg" in tolerant[0, 5]["unreadable"]
     batches = train.Timed(iter([{"image": torch.zeros(2, 1), "unreadable": ["", "5.jpg bad"]}] * 2
                                + [{"image": torch.zeros(1, 1), "unreadable": ["6.jpg bad"]},
-                                  {"image": torch.zeros(1, 1), "unreadable": ["9.jpg bad"]}]), 200)
+                                  {"image": torch.zeros(1, 1), "unreadable": ["9.jpg bad"]}]), 200,
+                          lambda batch: None)
     for _ in range(3):
         next(batches)
     assert list(batches.unreadable) == ["5.jpg bad", "6.jpg bad"]

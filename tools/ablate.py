@@ -94,6 +94,8 @@ def main() -> None:
     if resumed or base.prompts or base.init_from or parallel.world() > 1:
         raise InputError("an ablation starts anew, has prompts of its own and is one process: "
                          "leave out --resume, --prompts, --init-from and torchrun")
+    if base.method == "vpd":
+        raise InputError("--method vpd: Table 5 is about Meta Prompts")
     if not any(word.split("=")[0] == "--out" for word in rest):  # goes on where it was stopped
         base = replace(base, out=f"runs/ablation-{base.task}-{base.dataset}")
     ablate(base, args.seeds, args.variants)

@@ -49,6 +49,8 @@ def main() -> None:
     flags = ["--checkpoint", chosen.checkpoint, "--image", chosen.image, *rest]
     flags += [] if chosen.out is None else ["--out", chosen.out]
     args, recipe, model, source = evaluation.load(flags)
+    if recipe.method == "vpd":
+        raise InputError(f"{source} is a model of VPD, which has no learned prompts to map")
     wanted = parse(chosen.prompts, model.config)         # refused before any prediction
     device = pick_device(args.device)
     dtype = pick_precision(args.precision or "auto", device)

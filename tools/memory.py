@@ -7,7 +7,7 @@ Takes train.py's flags, too; the data set need not be there.  The step runs on f
 without values) while a dispatch mode adds up the bytes of all tensors that are alive: weights,
 gradients, the optimiser's moments, activations, and what checkpointing recomputes.  Half a minute
 at full width, and no memory.  The CUDA context, workspaces and fragmentation are taken to be
-OTHER_GB; the loader's processes are not counted.
+OTHER_GB; the loader's processes, and the text encoder of VPD's refer, are not counted.
 """
 import math
 import shlex
@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import Config, MetaPromptModel
 from ops.device import autocast, pick_device, pick_precision
 from ops.errors import InputError, run_command
 from tasks.flags import Parser, resolve
+from tasks.methods import kind_of
 from tasks.recipes import Recipe
 from train import build_optimizer
 
@@ -77,7 +77,7 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def step_peak(config: Config, images: tuple[int, ...], accumulate: bool, checkpointing: bool,
+def step_peak(config, images: tuple[int, ...], accumulate: bool, checkpointing: bool,
               optimizer_of, device: torch.device, dtype: torch.dtype) -> int:
     """Bytes at the peak of an optimiser's second step, when its moments are there.
 
@@ -86,7 +86,7 @@ def step_peak(config: Config, images: tuple[int, ...], accumulate: bool, checkpo
     autocast keeps norms in bfloat16, a GPU's in float32.
     """
     with torch.device("meta"):
-        model = MetaPromptModel(config)
+        model = kind_of(config)(config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), Alive() as alive:
         model.to_empty(device=device).train()
         model.unet.gradient_checkpointing = checkpointing
@@ -95,7 +95,7 @@ def step_peak(config: Config, images: tuple[int, ...], accumulate: bool, checkpo
             for _ in range(1 + accumulate):
                 batch, target = torch.rand(images), fake_target(config, images)
                 with autocast(device, dtype):
-                    losses = model.loss(batch, target)
+                    losses = model.loss(batch, target, *fake_text(config, images[0]))
                 sum(losses.values()).backward()
                 del batch, target, losses
             optimizer.step()
@@ -103,12 +103,18 @@ def step_peak(config: Config, images: tuple[int, ...], accumulate: bool, checkpo
     return alive.peak
 
 
-def fake_target(config: Config, images: tuple[int, ...]) -> torch.Tensor:
+def fake_target(config, images: tuple[int, ...]) -> torch.Tensor:
     """A target of the task's shape and kind for images (B, 3, H, W)."""
     B, _, H, W = images
-    if config.task == "seg":
+    if config.task in ("seg", "refer"):
         return torch.zeros(B, H, W, dtype=torch.long)
     return torch.ones(B, H, W) if config.task == "depth" else torch.ones(B, 17, 3)
+
+
+def fake_text(config, B: int) -> list[torch.Tensor]:
+    """What the model reads beside B images."""
+    return [torch.zeros(B, config.num_tokens, config.unet.context_dim)] \
+        if config.task == "refer" else []
 
 
 def step_gb(recipe: Recipe) -> float:

@@ -127,13 +127,13 @@ UMASK = find_umask()
 # Saving
 
 CARD = """---
-tags: [meta-prompts, {task}]
+tags: [{tag}, {task}]
 license: {licence}
 ---
-# Meta Prompts: {task}, {dataset}
+# {method}: {task}, {dataset}
 
 Trained with `train.py` of Meta Prompts in plain PyTorch (Wan et al. 2023, arXiv:2312.14733); load
-it with `MetaPromptModel.from_pretrained`.  Images are RGB in [0, 1].
+it with `{kind}.from_pretrained`.  Images are RGB in [0, 1].
 
 Metrics on the validation set after step {step}: {metrics}
 
@@ -144,6 +144,10 @@ Recipe:
 {recipe}
 ```
 """
+METHODS = {  # config.json's method -> (tag, name, class)
+    None: ("meta-prompts", "Meta Prompts", "MetaPromptModel"),
+    "vpd": ("vpd", "VPD (Zhao et al. 2023)", "VPDModel"),
+}
 LICENCES = {  # (licence of what is uploaded, what its user must know)
     True: ("mit", "The backbone started from random weights or from the small model that was "
            "pretrained here: nothing of Stable Diffusion's weights is in it."),
@@ -151,18 +155,21 @@ LICENCES = {  # (licence of what is uploaded, what its user must know)
             "Diffusion 1.x are under the CreativeML OpenRAIL-M licence, whose use restrictions "
             "pass on to this model.  The data set has terms of its own."),
 }
-PRIVATE = ("out", "files", "device", "init_from", "prompts")  # of a recipe: paths of the machine
+PRIVATE = ("out", "files", "device", "init_from", "prompts",
+           "scene_types")  # of a recipe: paths of the machine
 
 
 def model_card(recipe: dict, metrics: dict, step: int) -> str:
     """Text of the Hub's README.md: task, recipe without paths, metrics (scalars only), licence."""
     licence, note = LICENCES[recipe["backbone"] == "tiny" or recipe["init"] == "random"]
+    tag, method, kind = METHODS[recipe["model"].get("method")]
     scalars = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
     shown = {k: v for k, v in recipe.items() if k not in PRIVATE}
     if Path(shown["backbone"]).exists():
         shown["backbone"] = "a local copy"
-    return CARD.format(task=recipe["model"]["task"], dataset=recipe["dataset"], licence=licence,
-                       note=note, step=step, metrics=scalars, recipe=json.dumps(shown, indent=2))
+    return CARD.format(tag=tag, method=method, kind=kind, task=recipe["model"]["task"],
+                       dataset=recipe["dataset"], licence=licence, note=note, step=step,
+                       metrics=scalars, recipe=json.dumps(shown, indent=2))
 
 
 def check_finite(model: nn.Module) -> None:
