@@ -175,7 +175,7 @@ def settle(recipe: Recipe, args, config: Config) -> Recipe:
     """The recipe of this evaluation: the model's own config, --tta, --boxes, --max-side."""
     for name, own in (("task", config.task), ("method", methods.method_of(config))):
         if getattr(args, name) not in (None, own):
-            raise InputError(f"--{name} {getattr(args, name)}: the model's is {own}")
+            raise InputError(f"--{name} {getattr(args, name)}: the model's {name} is {own}")
     recipe = replace(recipe, model=config)
     if args.tta and recipe.task != "seg":
         raise InputError("--tta is for segmentation: depth and pose have their mirror images in "
