@@ -15,6 +15,7 @@ import vpd.model as vpd
 from model import Config, MetaPromptModel
 from ops.device import device_of
 from ops.errors import InputError, read_json
+from sets.nyu_kitti import SCENES
 from vpd.model import VPDConfig, VPDModel
 from vpd.prompts import IMAGENET, ONE, embed_names
 from vpd.text import TextReader
@@ -57,6 +58,8 @@ def load_official(path: Path, config: Config | VPDConfig) -> MetaPromptModel | V
               "hold them, the recipe does")
     if method_of(config) == "vpd":
         model = VPDModel.from_official(path, max_depth=config.max_depth)
+        if depth and model.config.num_classes == len(SCENES):
+            model.config = replace(model.config, class_names=SCENES)
     else:
         model = MetaPromptModel.from_official(path, max_depth=config.max_depth,
                                               resize_scale=config.resize_scale)

@@ -13,15 +13,19 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from documents import COMMANDS, ROOT, TEXTS, collect, key_of, snippets, words_of
 from official_fixture import official_file
 from oracles import diffusers_unet, diffusers_vae
+from transformers import CLIPTextConfig, CLIPTextModel
 from trees import TREES, random_image, write
+from vpd_fixture import fixture, vpd_contents
 
 from weights import files as weights
 from weights.official import our_name
@@ -75,6 +79,10 @@ def make_stable_diffusion(hub):
     snapshot = repository / "snapshots" / "main"
     diffusers_unet((32,) * 4, heads=1, context_dim=16, layers=1).save_pretrained(snapshot / "unet")
     diffusers_vae((32,) * 4, layers=1).save_pretrained(snapshot / "vae")
+    CLIPTextModel(CLIPTextConfig(vocab_size=698, hidden_size=16, intermediate_size=16,
+                                 num_hidden_layers=1, num_attention_heads=1, eos_token_id=697)
+                  ).save_pretrained(snapshot / "text_encoder")
+    shutil.copytree(weights.TINY_SD / "tokenizer", snapshot / "tokenizer")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("main")
 
@@ -99,9 +107,11 @@ def train_settings(words, key):
     if {"--resume", "--help"} & set(words):
         return []
     size = {"seg": "--crop 64 --head-channels 8", "depth": "--crop 128 --head-channels 8",
-            "pose": "--crop 128 --crop-width 64 --deconv-channels 8"}[key[0]]
+            "pose": "--crop 128 --crop-width 64 --deconv-channels 8",
+            "refer": "--crop 128"}[key[0]]
     scenes = "--val-scenes 2" if key[1] == "shapes" else ""
-    return (f"{size} --num-prompts 18 --batch 4 --micro-batch 2 --iterations 1 --eval-every 1 "
+    prompts = "" if key[0] == "refer" or "vpd" in words else "--num-prompts 18"
+    return (f"{size} {prompts} --batch 4 --micro-batch 2 --iterations 1 --eval-every 1 "
             f"--save-every 1 --workers 0 --device cpu {scenes}").split()
 
 
@@ -114,7 +124,7 @@ BENCHMARK = "--width tiny --size 8 --rounds 1 --dtype float32 --task seg --T 1 -
 PROGRAMS = {  # script or module -> (flags to append, what it must print)
     "train.py": (train_settings, r"^wrote (runs/\S+)/ \(|^usage: "),
     "eval.py": (lambda words, key: ["--workers", "0", "--device", "cpu"],
-                r"^wrote ([^\s:]+)|^(seg|depth|pose) on \S+$"),
+                r"^wrote ([^\s:]+)|^(seg|depth|pose|refer) on \S+$"),
     "tools.ablate": (lambda words, key: train_settings(words, key) + ["--seeds", "1"],
                      r"^wrote (runs/\S+)/ \("),
     "tools.heatmaps": (no_settings, r"^wrote ([^\s:]+): .*prompts.png$"),
@@ -164,7 +174,9 @@ class Stage:
         if key in TREES and not tree.exists():
             tree.mkdir(parents=True)
             TREES[key](tree)
-        if "--official" in words:
+        if "--official" in words and "vpd" in words:
+            torch.save(vpd_contents(fixture(key[0])[0]), self.place / f"{'-'.join(key)}.pth")
+        elif "--official" in words:
             make_official(self.place / f"{'-'.join(key)}.pth", key)
         for word in words:
             if word.startswith("runs/") and not (self.place / word).exists():

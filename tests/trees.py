@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -248,11 +249,38 @@ def make_coco(root, prefix=""):
     return root
 
 
+def make_refcoco(root: Path) -> None:
+    """RefCOCO as released: a pickle, instances.json, an image with an object for each split."""
+    square = [[10, 10, 50, 10, 50, 50, 10, 50]]
+    write(root / "images/mscoco/images/train2014/a.jpg", random_image(80, 90))
+    refs = [{"ref_id": i, "ann_id": i, "image_id": 1, "split": split, "category_id": 1,
+             "sentences": [{"sent": "the left one"}]} for i, split in enumerate(("train", "val"))]
+    (root / "refcoco").mkdir()
+    (root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs * 4, protocol=0))
+    (root / "refcoco" / "instances.json").write_text(json.dumps({
+        "images": [{"id": 1, "width": 90, "height": 80, "file_name": "a.jpg"}],
+        "annotations": [{"id": i, "image_id": 1, "segmentation": square} for i in range(2)]}))
+
+
+def make_expressions(root: Path) -> None:
+    """A folder of one's own sentences: two images, an object on each."""
+    mask = np.zeros((80, 90), np.uint8)
+    mask[:, :40] = 255
+    entries = []
+    for split in ("train", "val"):
+        write(root / "images" / f"{split}.png", random_image(80, 90))
+        write(root / "masks" / f"{split}.png", mask)
+        entries += 4 * [{"split": split, "image": f"{split}.png", "mask": f"{split}.png",
+                         "sentences": ["the left half"]}]
+    (root / "expressions.json").write_text(json.dumps(entries))
+
+
 TREES = {  # all data sets that have files
     ("seg", "folder"): make_seg, ("seg", "ade20k"): make_ade, ("seg", "cityscapes"): make_city,
     ("seg", "cityscapes-extra"): make_extra, ("seg", "mapillary"): make_vistas,
     ("depth", "folder"): make_depth, ("depth", "nyu"): make_nyu, ("depth", "kitti"): make_kitti,
-    ("pose", "folder"): make_people, ("pose", "coco"): make_coco}
+    ("pose", "folder"): make_people, ("pose", "coco"): make_coco,
+    ("refer", "refcoco"): make_refcoco, ("refer", "folder"): make_expressions}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -198,7 +198,10 @@ def read_encoder(source: str) -> tuple[dict[str, Tensor], dict, Path]:
     if isinstance(values.get("text_config"), dict):      # CLIP's own: text and images
         tensors = {f"text_model.{k}": v for k, v in read_tensors(path, "text_model.").items()}
         return tensors, values["text_config"], path
-    return read_tensors(path), values, path
+    tensors = read_tensors(path)
+    if not any(name.startswith("text_model.") for name in tensors):   # as transformers 5 saves it
+        tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+    return tensors, values, path
 
 
 def text_sizes(tensors: dict[str, Tensor], values: dict, path: Path) -> TextConfig:
