@@ -1,9 +1,10 @@
-"""Muon for a backbone that starts from random weights: matrices move by orthogonalised momentum.
+"""Muon: matrices move by orthogonalised momentum (K. Jordan et al. 2024, "Muon").
 
-Not in the paper, which starts from Stable Diffusion and uses AdamW.  From random weights AdamW's
-first updates all have the sign of one dominant direction (sky above, ground below): the latents'
-effective rank falls from 11 to 1.4 within 25 steps, and what small objects need is never seen
-again.  An orthogonalised update moves every direction alike (K. Jordan et al. 2024, "Muon").
+Not in the paper, which uses AdamW.  The recipes on the tiny backbone have minutes, in which AdamW
+gets less far, and from random weights nowhere: its first updates all have the sign of one dominant
+direction (sky above, ground below), the latents' effective rank falls from 11 to 1.4 within 25
+steps, and what small objects need is never seen again.  An orthogonalised update moves every
+direction alike.
 """
 import torch
 from torch import Tensor, nn

@@ -108,7 +108,8 @@ def tiny(recipe: Recipe) -> Recipe:
     """The recipe on the tiny backbone, for a CPU and minutes; docs/RESULTS.md says how chosen."""
     model = replace(recipe.model, unet=TINY_UNET, vae=TINY_VAE)
     recipe = replace(recipe, backbone="tiny", iterations=600, batch=8, micro_batch=8, lr=5e-3,
-                     unet_lr_mult=0.3, weight_decay=1e-2, warmup=40, crop=128, workers=0,
+                     unet_lr_mult=0.15, muon_lr=0.02, weight_decay=1e-2, warmup=20, crop=128,
+                     workers=0,
                      gradient_checkpointing=False, log_every=10, eval_every=300, save_every=300)
     if recipe.method == "vpd":
         model = replace(model, head_channels=32 if recipe.task == "depth" else 64, num_tokens=24)

@@ -150,6 +150,17 @@ def test_the_authors_files_are_loaded_by_method(tmp_path, task):
         methods.load_official(path, ROWS["meta-prompts"]["seg", "ade20k"].model)
 
 
+def test_nyus_scene_types_are_supplied(tmp_path):
+    """The released depth file has 27 rows without names: they are NYU v2's."""
+    info = fixture("depth")[0]
+    path, rows = tmp_path / "vpd.pth", ROWS["vpd"]["depth", "nyu"].model
+    contents = vpd_contents(info)
+    table = contents["model"]["encoder.class_embeddings"]
+    contents["model"]["encoder.class_embeddings"] = table[:1].expand(27, -1).clone()
+    torch.save(contents, path)
+    assert methods.load_official(path, rows).config.class_names == SCENES
+
+
 def test_a_folder_tells_its_method(tmp_path):
     """Meta Prompts' config.json has no method, VPD's has; the class follows."""
     write_run("seg", tmp_path / "m")
