@@ -121,8 +121,12 @@ def test_every_stage_equals_the_authors(task, tmp_path):
     ("seg", "grad_norms"), ("seg", "grad_norms_attached_maps"), ("refer", "grad_norms"),
     pytest.param("depth", "grad_norms", marks=pytest.mark.slow)])
 def test_losses_and_gradients_equal_the_authors(task, norms, tmp_path):
-    """The training loss (< 1e-6) and the gradient norm of each trained tensor (< 1e-4, above 1e-6),
-    with maps as constants and, in seg, with a gradient through them (map_gradient).
+    """The training loss (< 1e-6), the gradient norm of each trained tensor above 1e-6 (< 1e-4) and
+    all of them as one vector (< 1e-4), with maps as constants and, in seg, with a gradient through
+    them (map_gradient).
+
+    The authors ran float32.  In depth its rounding alone moves single norms by up to 2e-3 (ours in
+    float32 are as far from ours in float64), so that there 5e-3 is the limit of each.
     """
     info, tensors = fixture(task)
     model, (images, target, text) = load_vpd(info, tmp_path).train(), inputs(info, tensors)
@@ -133,15 +137,19 @@ def test_losses_and_gradients_equal_the_authors(task, norms, tmp_path):
     expected = info["losses"]["decode.loss_ce"] if task == "seg" else info["train_loss"]
     assert abs(sum(losses.values()).item() / expected - 1) < 1e-6
     sum(losses.values()).backward()
-    named, worst = dict(model.named_parameters()), 0.0
+    named, pairs, limit = dict(model.named_parameters()), [], 5e-3 if task == "depth" else 1e-4
     for name, norm in info[norms].items():
         ours = named[official_vpd.our_name(name)].grad.norm().item()
+        pairs.append((ours, norm))
         if norm > 1e-6:                                  # else zero but for rounding
-            worst = max(worst, abs(ours / norm - 1))
-            assert abs(ours / norm - 1) < 1e-4, (name, ours, norm)
+            assert abs(ours / norm - 1) < limit, (name, ours, norm)
         else:
             assert ours < 2e-6, (name, ours, norm)
-    print(f"\n{task} {norms}: {len(info[norms])} gradients, worst {worst:.1e}")
+    worst = max(abs(ours / norm - 1) for ours, norm in pairs if norm > 1e-6)
+    ours, theirs = torch.tensor(pairs, dtype=torch.float64).T
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    print(f"\n{task} {norms}: {len(pairs)} gradients, worst {worst:.1e}, as one vector {error:.1e}")
+    assert error < 1e-4
     for name in info["no_grad"]:
         target_name = official_vpd.our_name(name)
         if target_name in named:
