@@ -7,7 +7,7 @@ Diffusion Models".
 import torch
 from torch import Tensor, nn
 
-from unet import UNet
+from unet import TransformerBlock, UNet
 from vpd.text import TextEncoder
 
 TIMESTEPS = 1000
@@ -26,6 +26,20 @@ class Denoiser(nn.Module):
         context, _ = self.text_encoder(ids)
         features = self.unet(noisy, self.unet.embed_timestep(timesteps), context)
         return self.unet.to_latents(features[0])
+
+    @torch.no_grad()
+    def absorb(self, spread: float) -> None:
+        """Divide the text's states by `spread` inside the last norm, multiply what reads them.
+
+        The prediction stays as it was.  States of spread 1 are what prompts are drawn like.
+        """
+        norm = self.text_encoder.text_model.final_layer_norm
+        for tensor in (norm.weight, norm.bias):
+            tensor /= spread
+        for module in self.unet.modules():
+            if isinstance(module, TransformerBlock):
+                module.attn2.to_k.weight *= spread
+                module.attn2.to_v.weight *= spread
 
 
 def signal_shares() -> Tensor:

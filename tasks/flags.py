@@ -41,11 +41,22 @@ UNUSED = {  # fields of the model and the run that a method's task does not read
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line, and no flag can be shortened."""
+    """argparse, but an error is one line, no flag can be shortened, and no text is empty or breaks
+    a line.
+    """
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """What all parsing goes through: (namespace, unknown words)."""
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if isinstance(value, str) and UNFIT.search(value):
+                raise InputError(f"--{name.replace('_', '-')} is {value!r}: leave it out, or give "
+                                 "a value that can be printed in one line")
+        return found, rest
 
     def error(self, message: str):
         """What argparse calls for a wrong command line."""
@@ -130,14 +141,8 @@ def with_flags(recipe: Recipe, given: dict) -> Recipe:
 
 
 def parse(parser: Parser, arguments: list[str], recipe: Recipe) -> argparse.Namespace:
-    """parser.parse_args, whose refusal says what an unknown flag belongs to; no text is empty or
-    breaks a line.
-    """
+    """parser.parse_args, whose refusal says what an unknown flag belongs to."""
     args, rest = parser.parse_known_args(arguments)
-    for name, value in vars(args).items():
-        if isinstance(value, str) and UNFIT.search(value):
-            raise InputError(f"--{name.replace('_', '-')} is {value!r}: leave it out, or give a "
-                             "value that can be printed in one line")
     for word in rest:
         name = word.removeprefix("--").split("=")[0].replace("-", "_").removeprefix("no_")
         if not word.startswith("--"):

@@ -241,7 +241,7 @@ def test_refusals(tmp_path, photos, monkeypatch, capsys):
             (["--image", photos, "--no-flip"], "--no-flip would do nothing here"),
             (["--image", photos, "--window=64"], "--window=64 would do nothing here"),
             (["--image", photos, "--protocol"], "--protocol would do nothing here"),
-            (["--image", photos, "--out", ""], "--out is empty"),
+            (["--image", photos, "--out", ""], "--out is '': leave it out"),
             (["--image", photos, "stray"], "stray stands alone"),
             ([], "required: --image")):
         code, stderr = refused(heatmaps.main, monkeypatch, capsys, "--checkpoint", tmp_path, *flags)

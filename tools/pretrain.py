@@ -375,13 +375,16 @@ def sample_prompt(settings: Settings) -> None:
     print(f"wrote {settings.out}/sample.png")
 
 
+@torch.no_grad()
 def export_run(settings: Settings, model: Denoiser, vae: Autoencoder) -> None:
-    """Write the averaged model in Stable Diffusion's layout, with its card."""
+    """Write the averaged model, its text states of spread 1, in Stable Diffusion's layout."""
     run = Path(settings.out)
     judged, lines = read_metrics(run, "vae"), read_metrics(run, "diffusion")
     if not judged or not lines:
         raise InputError(f"{run}/metrics.jsonl lacks the figures of "
                          f"{'`diffusion`' if judged else 'the autoencoder'}: there is no card")
+    model = deepcopy(model)
+    model.absorb(model.text_encoder(load_held_out(settings)[1][:, 0].long())[0].std().item())
     export(Path(settings.export), asdict(settings), model.unet, vae, model.text_encoder,
            run / "tokenizer", judged[-1], lines)
 
