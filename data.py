@@ -5,12 +5,15 @@
             mapillary   sets/cityscapes.py           shapes       sets/embedded.py
             folder      your own, ade20k.py  pose    coco         sets/coco.py
             shapes      sets/embedded.py             folder       your own people, coco.py
-                                                     shapes       sets/embedded.py
+    refer   refcoco, refcoco+, refcocog,             shapes       sets/embedded.py
+            folder      sets/refcoco.py
+            shapes      sets/embedded.py
 
 A sample is a dict: "image" (3, H, W) float32 RGB in [0, 1]; "target"; "name".  The target is
     seg     (H, W) int64 labels, 255 = ignore
     depth   (H, W) float32 metres, 0 = unknown
     pose    (17, 3) float32, see sets/coco.py: the image is one person's crop
+    refer   (H, W) int64, 1 on the object that "sentence" means, else 0
 In evaluation the image is at the protocol's scale, labels and depth at their own size.
 
 Every random draw for a training sample comes from (seed, epoch, index): the sample does not depend

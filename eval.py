@@ -123,7 +123,8 @@ def command_parser(recipe: Recipe, sections: tuple[str, ...]) -> Parser:
     parser.add_argument("--out", help="folder for pictures and metrics; default: RUN/eval, "
                         "with --boxes RUN/eval-BOXES, with --image RUN/predictions")
     parser.add_argument("--export", help="folder for seg: label PNGs as the benchmark's server "
-                        "wants them; depth: 16-bit PNGs in its unit; pose: keypoints.json")
+                        "wants them; depth: 16-bit PNGs in its unit; pose: keypoints.json; refer: "
+                        "masks, IMAGE_NUMBER.png")
     parser.add_argument("--save", help="write the model in our format into this folder")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"],
@@ -140,8 +141,10 @@ def check(args) -> None:
     for flag, folder in (("--out", args.out), ("--export", args.export), ("--save", args.save)):
         if folder is not None:
             check_folder(flag, folder)
-    if args.image is None and hasattr(args, "max_side"):
-        raise InputError("--max-side is about your own pictures: it needs --image")
+    for name in ("max_side", "sentence"):
+        if args.image is None and hasattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} is about your own pictures: it needs "
+                             "--image")
     checked(int, args.workers, "--workers", "workers")
     if args.save and any((Path(args.save) / name).exists() for name in
                          ("config.json", "model.safetensors", "recipe.json")):

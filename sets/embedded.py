@@ -63,7 +63,7 @@ class ReferScenes(Scenes):
 
     def open(self, cut: Cut) -> "ShapesRefer":
         """The split."""
-        return ShapesRefer(self.length(cut), cut)
+        return ShapesRefer(self.length(cut), cut, self.train_scenes > 0)
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class Shapes(Dataset):
 class ShapesRefer(Dataset):
     """Scenes as high and wide as the crop, one sentence about each."""
 
-    def __init__(self, length: int, cut: Cut):
-        self.length, self.cut = length, cut
+    def __init__(self, length: int, cut: Cut, again: bool = False):
+        self.length, self.cut, self.again = length, cut, again
 
     def __len__(self) -> int:
         return self.length
@@ -135,7 +135,7 @@ class ShapesRefer(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Sample of key = (epoch, index)."""
-        first = scene_seed(key, self.length, self.cut)
+        first = scene_seed((0, key[1]) if self.again else key, self.length, self.cut)
         for attempt in range(SCENE_TRIES):               # whose seeds lie between those of epochs
             seed = first + attempt * (VAL_SEED // SCENE_TRIES)
             scene, world = shapes.render_world(seed, *self.cut.crop)
@@ -147,7 +147,7 @@ class ShapesRefer(Dataset):
     def check(self) -> str:
         """Summary line, like ReferFiles.check."""
         return (f"{self.length} sentences about scenes of {self.cut.crop[1]}x{self.cut.crop[0]} "
-                "pixels, rendered on the fly")
+                f"pixels, rendered on the fly{endless(self)}")
 
 
 def scenes_as_coco(scenes: list[shapes.Scene], names: list[str]) -> dict:

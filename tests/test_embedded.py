@@ -17,8 +17,8 @@ import train
 from ops import udp
 from ops.errors import run_command
 from sets import embedded, shapes
-from sets.embedded import (VAL_SEED, DepthScenes, PoseScenes, Scenes, Shapes, ShapesPose,
-                           scene_seed)
+from sets.embedded import (VAL_SEED, DepthScenes, PoseScenes, ReferScenes, Scenes, Shapes,
+                           ShapesPose, scene_seed)
 from sets.files import Cut
 
 CROP = (64, 48)
@@ -88,7 +88,7 @@ def test_validation_is_never_trained_on():
     assert len(seen) == 300 + 6 * 4 * 600 and min(seen) >= 0
 
 
-@pytest.mark.parametrize("kind", [Scenes, DepthScenes, PoseScenes])
+@pytest.mark.parametrize("kind", [Scenes, DepthScenes, PoseScenes, ReferScenes])
 def test_a_number_of_scenes_comes_back_in_every_epoch(kind):
     """--train-scenes 3 has the same three in each epoch; 0, the default, has new ones."""
     few, many = kind(train_scenes=3).open(cut()), kind().open(cut())

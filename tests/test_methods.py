@@ -190,6 +190,10 @@ def test_tools_of_meta_prompts_refuse_vpd(run, tmp_path, monkeypatch, capsys):
     """There are no learned prompts to map, and Table 5 is not about it."""
     made, folder = run
     save_image(tmp_path / "a.png", noise(64, 64))
+    if made.task == "refer":
+        code, stderr = refused(evaluation.main, monkeypatch, capsys, "--checkpoint", folder,
+                               "--sentence", "the ball")
+        assert code == 2 and "--sentence is about your own pictures" in stderr
     if made.task == "seg":
         code, stderr = refused(heatmaps.main, monkeypatch, capsys, "--checkpoint", folder,
                                "--image", tmp_path / "a.png")
