@@ -14,12 +14,15 @@ import data
 from data import Stream, Tolerant
 from ops.errors import InputError
 from sets.embedded import Shapes
-from tasks.recipes import RECIPES
+from tasks.recipes import RECIPES, VPD
 
-@pytest.mark.parametrize("task, name", RECIPES)
+ROWS = {**VPD, **RECIPES}
+
+
+@pytest.mark.parametrize("task, name", ROWS)
 def test_every_recipe_opens_its_data_set(tmp_path, task, name):
     """Samples of the recipe's crop and kind in training; whole images, or crops of people, else."""
-    row = RECIPES[task, name]
+    row = ROWS[task, name]
     crop, width = (32, 48) if task == "depth" else (64, 48 if task == "pose" else 64)
     recipe = replace(row, crop=crop, crop_width=None if width == crop else width)
     if name == "shapes":
@@ -29,7 +32,8 @@ def test_every_recipe_opens_its_data_set(tmp_path, task, name):
         lists = {"train_list": str(tmp_path / "train.txt"), "val_list": str(tmp_path / "val.txt")}
         recipe = replace(recipe, files=replace(row.files, data=str(tmp_path),
                                                **(lists if hasattr(row.files, "val_list") else {})))
-    kind = {"seg": torch.int64, "depth": torch.float32, "pose": torch.float32}[task]
+    kind = {"seg": torch.int64, "depth": torch.float32, "pose": torch.float32,
+            "refer": torch.int64}[task]
     for split in ("train", "val"):
         dataset = data.open_set(recipe, split)
         sample = dataset[0, 0]
@@ -44,7 +48,7 @@ def test_every_recipe_opens_its_data_set(tmp_path, task, name):
 
 def test_every_data_set_has_a_miniature():
     """A data set that there is a recipe for has a tree here."""
-    assert trees.TREES.keys() == {key for key in RECIPES if key[1] != "shapes"}
+    assert trees.TREES.keys() == {key for key in ROWS if key[1] != "shapes"}
 
 
 # ------------------------------------------------------------------------------------------------

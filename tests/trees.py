@@ -7,6 +7,7 @@ import io
 import json
 import math
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -249,15 +250,15 @@ def make_coco(root, prefix=""):
     return root
 
 
-def make_refcoco(root: Path) -> None:
+def make_refcoco(root: Path, name: str = "refcoco", splitter: str = "unc") -> None:
     """RefCOCO as released: a pickle, instances.json, an image with an object for each split."""
     square = [[10, 10, 50, 10, 50, 50, 10, 50]]
     write(root / "images/mscoco/images/train2014/a.jpg", random_image(80, 90))
     refs = [{"ref_id": i, "ann_id": i, "image_id": 1, "split": split, "category_id": 1,
              "sentences": [{"sent": "the left one"}]} for i, split in enumerate(("train", "val"))]
-    (root / "refcoco").mkdir()
-    (root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs * 4, protocol=0))
-    (root / "refcoco" / "instances.json").write_text(json.dumps({
+    (root / name).mkdir()
+    (root / name / f"refs({splitter}).p").write_bytes(pickle.dumps(refs * 4, protocol=0))
+    (root / name / "instances.json").write_text(json.dumps({
         "images": [{"id": 1, "width": 90, "height": 80, "file_name": "a.jpg"}],
         "annotations": [{"id": i, "image_id": 1, "segmentation": square} for i in range(2)]}))
 
@@ -280,7 +281,10 @@ TREES = {  # all data sets that have files
     ("seg", "cityscapes-extra"): make_extra, ("seg", "mapillary"): make_vistas,
     ("depth", "folder"): make_depth, ("depth", "nyu"): make_nyu, ("depth", "kitti"): make_kitti,
     ("pose", "folder"): make_people, ("pose", "coco"): make_coco,
-    ("refer", "refcoco"): make_refcoco, ("refer", "folder"): make_expressions}
+    ("refer", "refcoco"): make_refcoco,
+    ("refer", "refcoco+"): partial(make_refcoco, name="refcoco+"),
+    ("refer", "refcocog"): partial(make_refcoco, name="refcocog", splitter="umd"),
+    ("refer", "folder"): make_expressions}
 
 
 # ------------------------------------------------------------------------------------------------
