@@ -107,24 +107,24 @@ TINY_VAE = VAEConfig((16, 32, 64, 64), layers=1, latent_channels=8, groups=8)
 def tiny(recipe: Recipe) -> Recipe:
     """The recipe on the tiny backbone, for a CPU and minutes; docs/RESULTS.md says how chosen."""
     model = replace(recipe.model, unet=TINY_UNET, vae=TINY_VAE)
-    recipe = replace(recipe, backbone="tiny", iterations=600, batch=8, micro_batch=8, lr=5e-3,
+    recipe = replace(recipe, backbone="tiny", iterations=550, batch=16, micro_batch=16, lr=5e-3,
                      unet_lr_mult=0.15, muon_lr=0.02, weight_decay=1e-2, warmup=20, crop=128,
-                     workers=0,
-                     gradient_checkpointing=False, log_every=10, eval_every=300, save_every=300)
+                     workers=0, gradient_checkpointing=False, log_every=10, eval_every=275,
+                     save_every=275)
     if recipe.method == "vpd":
         model = replace(model, head_channels=32 if recipe.task == "depth" else 64, num_tokens=24)
     else:
-        model = replace(model, num_prompts=32 if recipe.task == "seg" else 64, head_channels=32)
+        model = replace(model, num_prompts=32 if recipe.task == "seg" else 64, head_channels=32,
+                        refine_steps=1)  # three passes cost 1.5 times one, and gain nothing here
     if recipe.task == "seg":
         return replace(recipe, model=model, protocol=replace(recipe.protocol, scale=None))
-    recipe = replace(recipe, batch=16, micro_batch=16)
     if recipe.task == "refer":
         return replace(recipe, model=model)
     recipe = replace(recipe, schedule="poly")
     if recipe.task == "depth":
         model = replace(model, max_depth=80.0)
         model = model if recipe.method == "vpd" else replace(model, resize_scale=0)
-        return replace(recipe, model=model, iterations=1500, eval_every=500)
+        return replace(recipe, model=model, iterations=1000, eval_every=500, save_every=500)
     model = replace(model, sigma=2.0, deconv_channels=(64,))
     return replace(recipe, model=model, crop_width=128, clip=0.0, iterations=500, eval_every=250,
                    save_every=250)
