@@ -69,11 +69,11 @@ def test_the_variant_of_the_latent_scale(tmp_path):
 
 def test_variants_equal_to_the_baseline_are_left_out():
     """The baseline's own N and T are no variants; a name picks its own."""
-    for task, own in (("seg", ("prompts-32", "passes-3")), ("depth", ("prompts-64", "passes-3"))):
+    for task, own in (("seg", ("prompts-32", "passes-1")), ("depth", ("prompts-64", "passes-1"))):
         names = [v.name for v in ablate.choose(RECIPES[task, "shapes"], None)]
         assert names == [n for n in VARIANTS if n not in own]
     base = RECIPES["seg", "shapes"]
-    assert [v.name for v in ablate.choose(base, ["passes-1"])] == ["baseline", "passes-1"]
+    assert [v.name for v in ablate.choose(base, ["passes-3"])] == ["baseline", "passes-3"]
 
 
 def test_the_stand_in_for_text_embeddings_is_orthogonal():
@@ -225,17 +225,23 @@ def test_what_needs_pretrained_weights_is_left_out_without(tmp_path):
     assert "random-unet" in people and "trained-encoder" in people
 
 
-@pytest.mark.parametrize("name, task, sign, differences, expected", [
-    ("passes-1", "seg", 1, [-0.02, -0.03, -0.025], "agrees"),
-    ("passes-1", "seg", 1, [0.02, 0.03, 0.025], "disagrees"),
-    ("passes-1", "depth", -1, [0.2, 0.3, 0.25], "agrees"),
-    ("passes-1", "seg", 1, [-0.02, 0.03, -0.025], "not decided"),
-    ("passes-1", "seg", 1, [-0.02], "not decided"), ("passes-1", "seg", 1, [], "not decided"),
+@pytest.mark.parametrize("name, task, passes, differences, expected", [
+    ("passes-1", "seg", 3, [-0.02, -0.03, -0.025], "agrees"),
+    ("passes-1", "seg", 3, [0.02, 0.03, 0.025], "disagrees"),
+    ("passes-3", "seg", 1, [0.02, 0.03, 0.025], "agrees"),
+    ("passes-3", "seg", 1, [-0.02, -0.03, -0.025], "disagrees"),
+    ("passes-1", "depth", 3, [0.2, 0.3, 0.25], "agrees"),
+    ("no-rearrangement", "seg", 1, [-0.02, -0.03, -0.025], "agrees"),
+    ("passes-1", "seg", 3, [-0.02, 0.03, -0.025], "not decided"),
+    ("passes-1", "seg", 3, [-0.02], "not decided"), ("passes-1", "seg", 3, [], "not decided"),
     ("random-unet", "seg", 1, [-0.02, -0.03, -0.025], "worse"),
-    ("random-unet", "depth", -1, [-0.2, -0.3, -0.25], "better")])
-def test_verdicts(name, task, sign, differences, expected):
-    """Nothing is decided unless the interval lies on one side of 0; then the sign is compared."""
-    assert ablate.verdict(VARIANTS[name], task, sign, differences) == expected
+    ("random-unet", "depth", 1, [-0.2, -0.3, -0.25], "better")])
+def test_verdicts(name, task, passes, differences, expected):
+    """Nothing is decided unless the interval lies on one side of 0; then the sign is compared with
+    the paper's: of passes, from as many as the baseline has."""
+    base = resolve(["--task", task, "--refine-steps", str(passes), "--out", "x"])[0]
+    sign = -1 if task == "depth" else 1
+    assert ablate.verdict(VARIANTS[name], base, sign, differences) == expected
 
 
 def test_the_interval_is_students():
@@ -279,7 +285,7 @@ def test_another_recipe_does_not_mix_with_finished_runs(tmp_path):
     made = ablate.run_recipe(base, VARIANTS["baseline"], 0)
     (folder / "recipe.json").write_text(json.dumps({**asdict(made), "device": "cuda"}))
     assert ablate.run_recipe(base, VARIANTS["baseline"], 0) == made
-    with pytest.raises(InputError, match="iterations 600, this command 9"):
+    with pytest.raises(InputError, match=f"iterations {base.iterations}, this command 9"):
         ablate.ablate(replace(base, iterations=9), 1, None)
 
 

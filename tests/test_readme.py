@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from documents import COMMANDS, ROOT, TEXTS, key_of, words_of
+from documents import COMMANDS, ROOT, TEXTS, key_of, option, words_of
 
 import eval as evaluation
 from tasks.flags import resolve
@@ -54,10 +54,11 @@ def test_every_eval_command_of_the_documents_parses(monkeypatch, tmp_path):
     assert len(found) >= 5
     monkeypatch.setattr(evaluation, "find_checkpoint", Path)
     for words in found:
-        row = find_recipe(*key_of(words))
-        model = SimpleNamespace(config=row.model, from_pretrained=lambda source: model)
-        monkeypatch.setattr(evaluation, "MetaPromptModel", model)
-        monkeypatch.setattr(evaluation, "load_official", lambda path, recipe: model)
+        row = find_recipe(*key_of(words), option(words, "--method"))
+        model = SimpleNamespace(config=row.model)
+        monkeypatch.setattr(evaluation.methods, "load", lambda folder: model)
+        monkeypatch.setattr(evaluation.methods, "load_official", lambda path, config: model)
+        monkeypatch.setattr(evaluation.methods, "method_of", lambda config: row.method)
         monkeypatch.setattr(evaluation, "recipe_of", lambda *_: row)
         words = [str(tmp_path) if w in ("FILE", "FILE_OR_FOLDER") else w for w in words]
         assert evaluation.load(words)[1].task == row.task

@@ -267,7 +267,7 @@ def summarise(base: Recipe, variants: list[Variant], seeds, results: dict) -> di
             "std": statistics.stdev(values) if len(values) > 1 else None,
             "difference": statistics.fmean(differences) if differences else None,
             "interval": half_width(differences) if v.changes else None,
-            "verdict": verdict(v, base.task, sign, differences) if v.changes else "",
+            "verdict": verdict(v, base, sign, differences) if v.changes else "",
             "paper": paper_value(v, base.task)})
     return {"task": base.task, "dataset": base.dataset, "backbone": base.backbone,
             "metric": metric, "better": "higher" if sign > 0 else "lower",
@@ -291,16 +291,19 @@ def half_width(differences: list[float]) -> float | None:
     return quantile * statistics.stdev(differences) / n ** 0.5
 
 
-def verdict(variant: Variant, task: str, sign: int, differences: list[float]) -> str:
+def verdict(variant: Variant, base: Recipe, sign: int, differences: list[float]) -> str:
     """Whether a change is for the better, and whether the paper says so, too.
 
-    sign: 1 if a higher metric is better, -1 if a lower one.
+    sign: 1 if a higher metric is better, -1 if a lower one.  Passes are compared with the paper's
+    value for as many as the baseline has, all else with its T = 3.
     """
     half = half_width(differences)
     gain = sign * statistics.fmean(differences) if differences else 0.0
     if half is None or abs(gain) <= half:
         return "not decided"
-    theirs, baseline = paper_value(variant, task), paper_value(VARIANTS[0], task)
+    own = [v for v in VARIANTS if v.changes == {"refine_steps": base.model.refine_steps}]
+    same = own[0] if own and "refine_steps" in variant.changes else VARIANTS[0]
+    theirs, baseline = paper_value(variant, base.task), paper_value(same, base.task)
     if "-" in (theirs, baseline) or theirs == baseline:
         return "better" if gain > 0 else "worse"
     return "agrees" if (sign * (float(theirs) - float(baseline)) > 0) == (gain > 0) else "disagrees"
