@@ -177,12 +177,11 @@ def test_words():
 
 def test_samples():
     """The embedded set: new scenes in every epoch, the same to validate on; the mask as target."""
-    dataset = ReferScenes(7, 5).open(cut())
-    assert isinstance(dataset, ShapesRefer) and len(dataset) == 7 and "7 sentences" in \
-        dataset.check()
+    dataset = ReferScenes(val_scenes=5).open(cut())
+    assert isinstance(dataset, ShapesRefer) and "20000 sentences" in dataset.check()
     first, again, later = dataset[0, 3], dataset[0, 3], dataset[1, 3]
     assert first["sentence"] == again["sentence"] and (first["image"] == again["image"]).all()
     assert (first["image"] != later["image"]).any()
     assert set(first["target"].unique().tolist()) == {0, 1} and first["target"].shape == (64, 64)
-    validation = ReferScenes(7, 5).open(cut("val"))
+    validation = ReferScenes(val_scenes=5).open(cut("val"))
     assert len(validation) == 5 and validation[0, 2]["name"] == validation[9, 2]["name"]

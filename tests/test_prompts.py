@@ -82,7 +82,7 @@ def test_the_file_is_what_train_reads(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("content, said", [
     (b"caf\xe9\nchair\n", "is no UTF-8 text"),
-    (b"chair\n\nball\n", "line 2 is empty: a class needs a name"),
+    (b"chair\n\nball\n", "line 2, '', is empty or there already"),
     (b"\n", "is empty|names"),
     (b"chair\n" + b"ball " * 500, "the name 'ball ball .* of 500 words makes a sentence of 506")])
 def test_names_that_cannot_be_read_are_refused(tmp_path, monkeypatch, capsys, content, said):
