@@ -161,7 +161,8 @@ PRIVATE = ("out", "files", "device", "init_from", "prompts",
 
 def model_card(recipe: dict, metrics: dict, step: int) -> str:
     """Text of the Hub's README.md: task, recipe without paths, metrics (scalars only), licence."""
-    licence, note = LICENCES[recipe["backbone"] == "tiny" or recipe["init"] == "random"]
+    ours = recipe["backbone"] == "tiny" or recipe["init"] == "random"
+    licence, note = LICENCES[ours and not recipe.get("init_from")]  # whose backbone is not known
     tag, method, kind = METHODS[recipe["model"].get("method")]
     scalars = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
     shown = {k: v for k, v in recipe.items() if k not in PRIVATE}
