@@ -35,15 +35,18 @@ from model import Config, MetaPromptModel
 from ops.device import cast_weights, pick_device, pick_precision
 from ops.errors import InputError, run_command
 from ops.settings import checked, comments
-from sets.files import IMAGE_SUFFIXES, load_image, output_names
+from sets.files import IMAGE_SUFFIXES, check_outside, load_image, output_names
 from tasks import TASKS, depth, methods, seg
 from tasks.flags import Parser, add_flags, check_idle, flag_paths, parse, show, with_flags
 from tasks.recipes import Recipe, check_model, find_recipe, read_recipe, weights_of
 from tasks.recipes import check as check_recipe
+from weights.checkpoint import write_json, write_text
 
 COMMANDS = ("checkpoint", "official", "task", "method", "dataset", "image", "boxes", "tta",
             "say_protocol", "out", "export", "save", "device", "precision",
             "workers")  # flags that are no settings
+TRAINING = ("train_scenes", "train_json", "augment", "extra_images", "extra_labels", "extra_suffix",
+            "extra_label_ids")  # settings of a data set that only its training split has
 
 
 def main() -> None:
@@ -54,11 +57,12 @@ def main() -> None:
         return
     device = pick_device(args.device)
     dtype = pick_precision(args.precision or ("float32" if args.official else "auto"), device)
+    out = default_out(args, recipe, source)
+    check_results(recipe, args, out)
     if args.save:
         model.save_pretrained(args.save)
         print(f"wrote {args.save}: the model in this project's format")
     cast_weights(model, dtype)
-    out = default_out(args, recipe, source)
     print(f"model      {source}: {model.config}\nprotocol   {recipe.protocol}\n"
           f"device     {device}, {dtype}\nout        {out}")
     methods.with_reader(model.to(device).eval(), weights_of(recipe))
@@ -130,7 +134,7 @@ def command_parser(recipe: Recipe, sections: tuple[str, ...]) -> Parser:
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"],
                         help="default: auto; float32 for an --official file")
     parser.add_argument("--workers", type=int, default=1, help="processes that load data")
-    add_flags(parser, recipe, sections, leave_out=COMMANDS)
+    add_flags(parser, recipe, sections, leave_out=(*COMMANDS, *TRAINING))
     return parser
 
 
@@ -145,6 +149,10 @@ def check(args) -> None:
         if args.image is None and hasattr(args, name):
             raise InputError(f"--{name.replace('_', '-')} is about your own pictures: it needs "
                              "--image")
+    if args.image is None and args.export is None and hasattr(args, "units"):
+        raise InputError("--units is about exported maps: it needs --export or --image")
+    if args.say_protocol and (args.save or args.export):
+        raise InputError("--protocol says what would be done and stops: leave out --save, --export")
     checked(int, args.workers, "--workers", "workers")
     if args.save and any((Path(args.save) / name).exists() for name in
                          ("config.json", "model.safetensors", "recipe.json")):
@@ -159,6 +167,17 @@ def check(args) -> None:
     if args.out and out.resolve() == (source if source.is_dir() else source.parent).resolve():
         raise InputError(f"--out {out} is the folder of the images: the next run would take the "
                          "results for images")
+
+
+def check_results(recipe: Recipe, args, out: Path) -> None:
+    """InputError if a result would replace a file that the command reads, such as annotations."""
+    given = (args.boxes, *vars(recipe.files).values())
+    read = [Path(value).resolve() for value in given if isinstance(value, str)]
+    for folder in (out, Path(args.export or out)):
+        for name in ("metrics.json", "keypoints.json", "pictures.png"):
+            if (folder / name).resolve() in read:
+                raise InputError(f"{folder / name} is read by this command and would be replaced: "
+                                 "give another --out or --export")
 
 
 def check_folder(flag: str, folder: str) -> None:
@@ -249,6 +268,7 @@ def default_out(args, recipe: Recipe, source: Path) -> Path:
 def evaluate_set(model: MetaPromptModel, recipe: Recipe, args, out: Path, dtype: torch.dtype,
                  source: Path) -> None:
     """Print the metrics, write them and pictures into `out`."""
+    check_outside(out, getattr(recipe.files, "data", None))
     dataset, task = data.open_set(recipe, "val"), TASKS[recipe.task]
     print(f"data       {recipe.dataset}: {dataset.check()}")
     if recipe.task == "depth":
@@ -289,8 +309,7 @@ def write_report(path: Path, report: dict) -> None:
         return None if isinstance(value, float) and np.isnan(value) else value
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({k: clean(v) for k, v in report.items()}, indent=2) + "\n",
-                    encoding="utf-8")
+    write_json(path, {k: clean(v) for k, v in report.items()})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -332,7 +351,7 @@ def apply_all(model: MetaPromptModel, recipe: Recipe, ready, root: Path, files: 
         raise InputError(skipped[0] if len(files) == 1 else
                          f"none of the {len(files)} images can be read: {skipped[0]}")
     if recipe.task == "pose":
-        (out / "keypoints.json").write_text(json.dumps(results), encoding="utf-8")
+        write_text(out / "keypoints.json", json.dumps(results))
     return len(files) - len(skipped), skipped
 
 

@@ -39,7 +39,7 @@ from ops.device import autocast, device_of, pick_device, pick_precision
 from ops.errors import InputError, run_command
 from ops.settings import leaves
 from sets.ade20k import read_names
-from sets.files import UNREADABLE_SHARE
+from sets.files import UNREADABLE_SHARE, check_outside
 from sets.nyu_kitti import SCENES
 from tasks import TASKS, depth, methods
 from tasks.flags import read_prompts, resolve
@@ -74,6 +74,7 @@ def train(recipe: Recipe, resume: bool) -> dict:
     parallel.check_device(device)
     parallel.accumulation(recipe.batch, recipe.micro_batch)  # refuses what does not divide
     dtype = pick_precision(recipe.precision, device)
+    check_outside(run, getattr(recipe.files, "data", None))
 
     # Data, checked before anything slow; then the model.
     train_set, val_set = (data.open_set(recipe, split) for split in ("train", "val"))

@@ -347,5 +347,5 @@ class UNet(nn.Module):
         broken or no SD1.x UNet.
         """
         tensors, values, path = read_part(source, "unet")
-        sizes = unet_sizes(tensors, {"attention_head_dim": num_heads, **values}, path)
+        sizes = unet_sizes(tensors, values or {"attention_head_dim": num_heads}, path)
         return assemble(cls, UNetConfig(**sizes), tensors, path)

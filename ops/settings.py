@@ -30,7 +30,7 @@ LIMITS = {
     "min_lr": (0, 10), "unet_lr_mult": (0, 1000), "muon_lr": (0, 10), "weight_decay": (0, 10),
     "warmup": (0, 10**9), "warmup_ratio": (0, 1), "clip": (0, 1e9), "crop": (32, 16384),
     "crop_width": (32, 16384), "seed": (0, 2**31 - 1), "workers": (0, 256), "log_every": (1, 10**9),
-    "eval_every": (1, 10**9), "save_every": (1, 10**9), "train_scenes": (0, 10**9),
+    "eval_every": (1, 10**9), "save_every": (1, 10**9), "train_scenes": (0, 10**7),
     "val_scenes": (1, 10**6), "depth_scale": (1e-3, 1e6), "scale": (32, 65536),
     "window": (32, 16384), "stride": (1, 16384), "ratios": (0.05, 20), "at_once": (1, 65536),
     "max_side": (0, 65536), "windows": (1, 1000), "max_depth_eval": (0.01, 1e5),

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ops.errors import InputError
+from ops.settings import fits
 from pretraining.settings import Settings
 from vpd.text import BYTES, WORD_END, Tokenizer
 
@@ -81,15 +82,25 @@ def load_tokenizer(folder: str, tokens: int) -> Tokenizer:
     return tokenizer
 
 
+FIGURES = {  # that a line of a stage must have, for the card
+    "autoencoder": ("step",), "vae": ("psnr",),
+    "diffusion": ("step", "images", "scenes", "seconds", "held_out", "wrong_captions"),
+}
+
+
 def read_metrics(run: Path, stage: str) -> list[dict]:
-    """The lines of a stage in RUN/metrics.jsonl; those that a crash tore are left out."""
+    """The lines of a stage in RUN/metrics.jsonl; left out are those that a crash tore, and those
+    that lack a figure.
+    """
     path, found = run / "metrics.jsonl", []
     for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (RecursionError, ValueError):
             continue
-        if isinstance(line, dict) and line.get("stage") == stage:
+        if isinstance(line, dict) and line.get("stage") == stage \
+                and all(fits(float, line.get(name)) for name in FIGURES[stage]) \
+                and fits(tuple[float, ...], line.get("quarters", ())):
             found.append(line)
     return found
 

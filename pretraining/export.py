@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ops.errors import InputError
+from pretraining.settings import FIXED
 from vpd.text import Tokenizer
 from weights.checkpoint import remove, write_json
 
@@ -121,8 +122,10 @@ def write_card(path: Path, settings: dict, parameters: int, vae: dict, lines: li
     path.write_text(card, encoding="utf-8")
 
 
-def check_place(folder: Path) -> None:
-    """InputError if what lies where a model is to be exported is more than an exported model."""
+def check_place(folder: Path, settings: dict) -> None:
+    """InputError if what lies where a model is to be exported is more than an exported model, or
+    one of other FIXED settings, by its card.
+    """
     if not folder.exists():
         return
     if not (folder / "model_index.json").is_file():
@@ -130,6 +133,22 @@ def check_place(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.name not in PARTS:
             raise InputError(f"--export {folder} would be replaced, and {path} lost: move it away")
+    theirs, ours = card_settings(folder / "README.md"), json.loads(json.dumps(settings))
+    for name in FIXED:
+        if name not in PLACES and theirs.get(name) != ours[name]:
+            raise InputError(f"--export {folder} is a model whose card has {name} "
+                             f"{theirs.get(name)}, of this run {ours[name]}: it is not replaced; "
+                             "move it away, or give another folder")
+
+
+def card_settings(path: Path) -> dict:
+    """The settings in a card, as `write_card` leaves them; none if it is another one's."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        found = json.loads(text.partition("```json\n")[2].partition("\n```")[0])
+    except (RecursionError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def export(folder: Path, settings: dict, unet: nn.Module, vae: nn.Module, text_encoder: nn.Module,
@@ -140,7 +159,7 @@ def export(folder: Path, settings: dict, unet: nn.Module, vae: nn.Module, text_e
     lines: see `write_card`.
     """
     new, old = (folder.with_name(folder.name + end) for end in (".export-new", ".export-old"))
-    check_place(folder)
+    check_place(folder, settings)
     remove(new)
     words = Tokenizer.from_pretrained(str(tokenizer.parent))
     for part in ("scheduler", "unet", "vae", "text_encoder"):

@@ -50,6 +50,14 @@ def find_root(data: str | None) -> Path:
     return Path(data)
 
 
+def check_outside(out: Path, data: str | None) -> None:
+    """InputError if results in `out` would lie among a data set's images, and be taken for some."""
+    images, out = Path(data or "/").resolve() / "images", out.resolve()
+    if data and images in (out, *out.parents):
+        raise InputError(f"--out {out} is below {images}: its pictures would be taken for images "
+                         "of the data set; give another folder")
+
+
 def list_pairs(images: Path, labels: Path, image_end: str = "",
                label_end: str = ".png") -> list[tuple[Path, Path]]:
     """(image, label) files of the same relative name, sorted; InputError if any lacks its label.

@@ -223,7 +223,9 @@ def check_idle(recipe: Recipe, given: dict, tta: bool = False, pictures: bool = 
     """
     rendered = recipe.dataset == "shapes" and not (pictures or tta)
     widths = [name for name in given if name.startswith(("unet_c", "unet_g", "unet_la", "vae_"))]
-    of_encoder = [name for name in widths if name.startswith(("vae_", "unet_la"))]
+    of_encoder = [name for name in widths if name.startswith(("vae_", "unet_latent"))]
+    unread = recipe.init == "random" or recipe.init_from is not None
+    configured = recipe.init == "pretrained" and not Path(recipe.backbone).expanduser().is_file()
     idle = [(("min_lr",), recipe.schedule != "two-phase", f"--schedule {recipe.schedule}"),
             (("warmup", "warmup_ratio"), recipe.schedule in ("two-phase", "power"),
              f"--schedule {recipe.schedule}"),
@@ -232,6 +234,13 @@ def check_idle(recipe: Recipe, given: dict, tta: bool = False, pictures: bool = 
             (("scale",), rendered and getattr(recipe.protocol, "ratios", ()) == (1.0,),
              "scenes rendered at the size of --crop"),
             (widths, recipe.init == "pretrained", "pretrained weights, whose files say the widths"),
+            (("unet_num_heads",), configured, "pretrained weights, whose config.json says it"),
+            (("backbone",), unread and recipe.backbone != "tiny",
+             "--init-from, or --init random: no file of it is read"),
+            (("init",), recipe.init_from is not None and recipe.init == "random-unet",
+             "--init-from, whose UNet is taken"),
+            (("box", "max_depth_eval"), pictures, "--image, which has no truth"),
+            (("at_once",), pictures and recipe.task != "pose", "--image: one picture at a time"),
             (("train_encoder",), recipe.init == "random", "a random encoder, which is trained"),
             (of_encoder, recipe.init == "random-unet", "a pretrained encoder, whose files say it")]
     for names, applies, why in idle:
@@ -261,7 +270,7 @@ def read_prompts(path: Path, dim: int) -> Tensor:
     tensors = read_tensors(path)
     tensor = next(iter(tensors.values()))
     if len(tensors) > 1 or tensor.shape != (tensor.numel() // dim, dim) or not tensor.numel() \
-            or not tensor.is_floating_point() or not tensor.isfinite().all():
+            or not tensor.is_floating_point() or not tensor.float().isfinite().all():
         raise InputError(f"--prompts {path} holds {len(tensors)} tensors, the first of shape "
                          f"{tuple(tensor.shape)} and {tensor.dtype}: one of finite floats (N, {dim}"
                          f"), a text embedding per row, is wanted; --unet-context-dim is {dim}")

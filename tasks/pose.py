@@ -17,6 +17,7 @@ from ops import draw, oks, parallel, udp
 from ops.device import autocast, device_of
 from sets.coco import PERSON, columns, make_sample, read_boxes
 from tasks.common import batches, merged
+from weights.checkpoint import write_text
 
 METRIC = ("AP", 1)
 
@@ -92,7 +93,7 @@ def evaluate(model: MetaPromptModel, dataset, protocol: Protocol, dtype: torch.d
     results = coco_results([torch.cat(column).numpy() for column in zip(*people)], protocol.nms)
     if export is not None:
         export.mkdir(parents=True, exist_ok=True)
-        (export / "keypoints.json").write_text(json.dumps(results), encoding="utf-8")
+        write_text(export / "keypoints.json", json.dumps(results))
     if sheet is not None:
         save_sheet(sheet, rows)
     metrics = oks.evaluate(dataset.annotations, results)

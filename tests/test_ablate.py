@@ -157,6 +157,25 @@ def test_an_interrupted_ablation_goes_on(tmp_path, monkeypatch):
     assert fake.calls == [("static-timestep-seed0", False), ("latent-scale-seed0", True)]
 
 
+def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
+    """With train.py itself: the classes that its start found out are no other recipe."""
+    base = recipe(tmp_path / "r", "--iterations", 2, "--save-every", 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "validate", interrupted)
+        ablate.ablate(base, 1, [])
+    ablate.ablate(base, 1, [])
+    folder = tmp_path / "r" / "baseline-seed0"
+    assert "resuming" in (folder / "log.txt").read_text()
+    with (folder / "metrics.jsonl").open("a") as log:    # edited: no figure is made of that
+        log.write('{"step": 2, "mIoU": "x"}\n{"step": 2, "mIoU": NaN}\n{"step": 2, "mIoU": null}\n')
+    assert 0 <= ablate.final_metric(replace(base, out=str(folder))) <= 1
+
+
+def interrupted(*_):
+    """As Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def test_mean_spread_and_difference(tmp_path, monkeypatch, capsys):
     """Mean and standard deviation (n - 1) over seeds, differences to the baseline; a diverged run
     is said so, has no value and is tried again."""

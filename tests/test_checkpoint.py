@@ -212,11 +212,12 @@ def test_torn_folders_are_no_checkpoint(tmp_path, stepped):
 
 @pytest.mark.parametrize("changes, licence", [
     ({"backbone": "tiny"}, "mit"), ({"init": "random"}, "mit"), ({}, "creativeml-openrail-m"),
+    ({"backbone": "tiny", "init_from": "/home/me/first"}, "creativeml-openrail-m"),
     ({"backbone": "."}, "creativeml-openrail-m")])
 def test_the_card_has_the_licence_of_its_weights_and_no_path(changes, licence):
     """Stable Diffusion's licence passes on; folders of the machine stay at home; scalars only."""
     recipe = {**asdict(RECIPES["seg", "ade20k"]), "out": "/home/me/run",
-              "init_from": "/home/me/first", "prompts": "/home/me/p", **changes}
+              "prompts": "/home/me/p", **changes}
     recipe["files"]["data"] = "/home/me/ade"
     card = checkpoint.model_card(recipe, {"mIoU": 0.5, "IoU": [0.25]}, 7)
     assert f"license: {licence}\n" in card and "after step 7: mIoU 0.5000\n" in card

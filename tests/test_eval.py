@@ -353,6 +353,12 @@ def test_the_recipe_of_another_model_is_refused(runs, tmp_path, monkeypatch):
     ("depth", ["--image", "GOOD", "--tta"], "--tta is for segmentation"),
     ("depth", ["--flip", "3"], "3 stands alone"),
     ("pose", ["--image", "GOOD", "--max-side", "128"], "--max-side is no setting of pose"),
+    ("seg", ["--image", "GOOD", "--at-once", "2"], "--at-once would do nothing"),
+    ("depth", ["--image", "GOOD", "--box", "garg"], "--box would do nothing"),
+    ("depth", ["--units", "10"], "--units is about exported maps: it needs --export or --image"),
+    ("seg", ["--train-scenes", "9"], "--train-scenes is no flag of this command: it would do not"),
+    ("pose", ["--no-augment"], "--no-augment is no flag of this command: it would do nothing"),
+    ("seg", ["--protocol", "--save", "new"], "--protocol says what would be done and stops"),
     ("pose", ["--image", "GOOD", "--boxes", "JSON"], "no box for any of the 1 images")])
 def test_what_is_refused(runs, photos, tmp_path, monkeypatch, task, flags, message):
     """One line that names the flag or file, before any prediction."""
@@ -429,3 +435,20 @@ def test_answers_are_not_written_among_the_truth(tmp_path):
         evaluation.check_export(str(tmp_path / "labels" / "val"), str(tmp_path))
     for export in (None, str(tmp_path / "new"), str(tmp_path.parent)):
         evaluation.check_export(export, str(tmp_path))
+
+
+@pytest.mark.parametrize("name, place, flags", [
+    ("keypoints.json", "--export", ["--val-json", "HERE"]),
+    ("keypoints.json", "--out", ["--val-json", "HERE"]),
+    ("metrics.json", "--out", ["--boxes", "HERE"]),
+    ("keypoints.json", "--out", ["--boxes", "HERE", "--image", "x.png"])])
+def test_no_result_replaces_what_is_read(runs, tmp_path, monkeypatch, name, place, flags):
+    """Annotations or boxes that have the name of a result, where the results go, are kept."""
+    (tmp_path / name).write_text("mine")
+    save_image(tmp_path / "pictures" / "x.png", noise(64, 64))
+    words = {"HERE": tmp_path / name, "x.png": tmp_path / "pictures" / "x.png"}
+    dataset = [] if "--image" in flags else ["--dataset", "folder"]
+    with pytest.raises(InputError, match=f"{name} is read by this command and would be replaced"):
+        asked(monkeypatch, "--checkpoint", runs / "pose", *dataset, place, tmp_path,
+              *(words.get(word, word) for word in flags))
+    assert (tmp_path / name).read_text() == "mine"

@@ -88,7 +88,7 @@ def test_a_rows_own_values_as_flags_give_the_row(tmp_path, task):
     """What is written out is what would have been taken, none included."""
     plain = resolve(["--task", task, "--out", str(tmp_path)])[0]
     idle = {"min_lr", *(["stride", "scale"] if task == "seg" else [])}
-    widths = ("unet_c", "unet_g", "unet_la", "vae_")                    # the files say them
+    widths = ("unet_c", "unet_g", "unet_la", "unet_num", "vae_")        # the files say them
     words = [word for name, path in flag_paths(plain).items()
              if name not in idle and not name.startswith(widths)
              for word in words_of(name, leaves(plain)[path])]
@@ -152,6 +152,10 @@ PRETRAINED = ["--dataset", "ade20k", "--data", "x"]
     ([*PRETRAINED, "--unet-layers", "1"], "--unet-layers would do nothing"),
     ([*PRETRAINED, "--unet-groups", "8"], "--unet-groups would do nothing"),
     ([*PRETRAINED, "--vae-groups", "8"], "--vae-groups would do nothing"),
+    ([*PRETRAINED, "--unet-num-heads", "4"], "pretrained weights, whose config.json says it"),
+    (["--init-from", "x", "--backbone", "x"], "--backbone would do nothing: the recipe has --in"),
+    (["--init", "random", "--backbone", "x"], "--backbone would do nothing"),
+    (["--init-from", "x", "--init", "random-unet"], "--init would do nothing"),
     (["--init", "random-unet", "--vae-groups", "8"], "a pretrained encoder, whose files say it")])
 def test_idle_flags_are_refused(flags, why, monkeypatch, capsys):
     """A setting that another one makes idle is not accepted in silence."""
@@ -166,7 +170,12 @@ def test_flags_that_are_not_idle_are_taken(tmp_path):
     assert made.min_lr == 1e-6
     protocol = resolve([*out, "--window", "64", "--stride", "32"])[0].protocol
     assert (protocol.window, protocol.stride) == (64, 32)
-    assert resolve([*out, *PRETRAINED, "--unet-num-heads", "4"])[0].model.unet.num_heads == 4
+    (tmp_path / "ldm.safetensors").touch()
+    single = [*PRETRAINED, "--backbone", str(tmp_path / "ldm.safetensors")]
+    assert resolve([*out, *single, "--unet-num-heads", "4"])[0].model.unet.num_heads == 4
+    made = resolve([*out, "--init", "random-unet", "--unet-layers", "2"])[0]
+    assert made.model.unet.layers == 2
+    assert resolve([*out, "--init-from", "x", "--backbone", "tiny"])[0].init_from == "x"
     made = resolve([*out, *PRETRAINED, "--init", "random", "--unet-layers", "1"])[0]
     assert made.model.unet.layers == 1 and made.model.train_encoder
 
@@ -271,7 +280,8 @@ BAD_PROMPTS = [
     ("missing", "does not exist"), ("pickle", "is not a complete .safetensors file"),
     ("truncated", "not a complete"), ("two", "holds 2 tensors"), ("width", "shape (4, 17)"),
     ("vector", "shape (16,)"), ("none", "shape (0, 16)"), ("integers", "int64"),
-    ("nan", "one of finite floats (N, 16)"), ("other count", "--num-prompts 4")]
+    ("nan", "one of finite floats (N, 16)"), ("vast", "one of finite floats"),
+    ("other count", "--num-prompts 4")]
 
 
 @pytest.mark.parametrize("kind,message", BAD_PROMPTS)
@@ -280,7 +290,8 @@ def test_bad_prompt_files_are_refused_in_one_line(tmp_path, kind, message):
     path = tmp_path / ("p.pt" if kind == "pickle" else "p.safetensors")
     tensors = {"width": torch.ones(4, 17), "vector": torch.ones(16), "none": torch.ones(0, 16),
                "integers": torch.ones(4, 16, dtype=torch.long), "other count": torch.ones(5, 16),
-               "nan": torch.full((4, 16), float("nan"))}
+               "nan": torch.full((4, 16), float("nan")),
+               "vast": torch.full((4, 16), 1e300, dtype=torch.float64)}
     more = {"q": torch.ones(4, 16)} if kind == "two" else {}
     if kind != "missing":
         save_file({"p": tensors.get(kind, torch.ones(4, 16)), **more}, path)

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from helpers import refused
 from oracles import ROUNDING, diffusers_vae, randomise, relative_error
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ops.errors import InputError
 from ops.settings import LIMITS
@@ -27,6 +27,8 @@ from tools.pretrain import Settings
 from unet import UNet
 from vae import VAEConfig
 from vpd.text import TextEncoder, Tokenizer
+from weights.files import TINY_SD
+from weights.runs import Lock
 
 TOY = Settings(size=64, crop=32, vae_channels=(8, 8, 16, 16), vae_scenes=8, vae_batch=2,
                vae_steps=4, scenes=12, shard=8, captions=2, held_out=8, merges=50,
@@ -265,6 +267,88 @@ def test_an_export_replaces_an_export_only(copy, monkeypatch, capsys):
     code, stderr = refused(pretrain.main, monkeypatch, capsys, "export", *flags(toy(copy)))
     assert code == 2 and "notes.txt lost: move it away" in stderr
     assert (copy / "tiny-sd" / "notes.txt").read_text() == "mine"
+
+
+def test_an_export_replaces_no_other_model(copy, tmp_path, monkeypatch, capsys):
+    """One of other widths, or one without the card that says them, stays."""
+    for name, content, message in (
+            ("other", None, "whose card has size 128, of this run 64: it is not replaced; move"),
+            ("bare", "# mine", "whose card has seed None, of this run 0: it is not replaced")):
+        place = shutil.copytree(TINY_SD, tmp_path / name)
+        if content:
+            (place / "README.md").write_text(content)
+        before = (place / "unet" / "config.json").read_text()
+        settings = replace(toy(copy), export=str(place))
+        code, stderr = refused(pretrain.main, monkeypatch, capsys, "export", *flags(settings))
+        assert code == 2 and stderr.count("\n") == 1 and message in stderr, stderr
+        assert (place / "unet" / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion", "export"])
+def test_a_run_is_held_by_one_process(copy, monkeypatch, capsys, stage):
+    """A second command that writes its checkpoints, or its export, is told; `sample` goes on."""
+    with Lock(copy):
+        code, stderr = refused(pretrain.main, monkeypatch, capsys, stage, *flags(toy(copy)))
+        assert code == 2 and "copy is in use by another process" in stderr
+        pretrain.main(["sample", *flags(toy(copy))])
+    with Lock(copy, ".cache.lock"):                      # latents have a lock of their own
+        code, stderr = refused(pretrain.main, monkeypatch, capsys, "cache", *flags(toy(copy)))
+        assert code == 2 and "copy is in use by another process" in stderr
+
+
+def test_latents_keep_their_autoencoder(copy):
+    """More of its steps would leave them of another one; finished, it stays as it is to the bit."""
+    before = (copy / "vae.safetensors").read_bytes()
+    with pytest.raises(InputError, match="latents is of the autoencoder after 4 steps: delete it"):
+        pretrain.train_autoencoder(toy(copy, vae_steps=6))
+    pretrain.train_autoencoder(toy(copy))
+    assert (copy / "vae.safetensors").read_bytes() == before
+    shutil.rmtree(copy / "latents")
+    pretrain.train_autoencoder(toy(copy, vae_steps=6))
+    assert (copy / "vae.safetensors").read_bytes() != before
+
+
+def test_fewer_steps_than_done_are_refused(copy, capsys):
+    """They would do nothing; as many are said to be done."""
+    for stage, name in ((pretrain.train_autoencoder, "vae_steps"), (pretrain.train_diffusion,
+                                                                    "steps")):
+        with pytest.raises(InputError, match=f"has done 4 steps already, {flag(name)} is 3"):
+            stage(toy(copy, **{name: 3}))
+        stage(toy(copy))
+        assert "has done its 4 steps" in capsys.readouterr().out
+
+
+MOMENTS = "optimizer.model:unet.conv_in.weight:momentum"
+
+
+@pytest.mark.parametrize("edit, step, message", [
+    (lambda tensors: tensors.pop(MOMENTS), 4, "lacks unet.conv_in.weight:momentum"),
+    (lambda tensors: tensors.update({MOMENTS: torch.ones(1)}), 4, r"torch.float32 of \(16"),
+    (lambda tensors: tensors[MOMENTS].fill_(torch.nan), 4, "that no optimiser has after step 4"),
+    (lambda tensors: None, -5, "is damaged .step is -5"),
+    (lambda tensors: None, 3, "that no optimiser has after step 3"),
+    (lambda tensors: tensors["averaged:unet.conv_in.bias"].fill_(torch.nan), 4, "is damaged"),
+    (lambda tensors: tensors.update({k: v.half() for k, v in tensors.items()}), 4, "float16")])
+def test_an_edited_checkpoint_is_refused(copy, edit, step, message):
+    """Moments of all parameters, of their shape, finite, after so many steps; weights in float32.
+    """
+    path = copy / "diffusion.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, {"step": str(step)})
+    with pytest.raises(InputError, match=message):
+        pretrain.train_diffusion(toy(copy, steps=6))
+
+
+def test_edited_figures_are_left_out(copy, capsys):
+    """A line of metrics.jsonl that lacks a figure, or has a text for one, is none for the card."""
+    before = read_metrics(copy, "diffusion")
+    with (copy / "metrics.jsonl").open("a") as log:
+        for change in ({"step": "x"}, {"quarters": [None]}, {"seconds": None}):
+            log.write(json.dumps({**before[-1], **change}) + "\n")
+        log.write('{"stage": "diffusion"}\n{"stage": "vae", "psnr": NaN}\n' + "[" * 100000 + "\n")
+    assert read_metrics(copy, "diffusion") == before
+    pretrain.export_last(toy(copy))
 
 
 def test_latents_of_other_settings_or_damaged_are_refused(copy):

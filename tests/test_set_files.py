@@ -338,3 +338,12 @@ def test_shadow_files_are_no_images(tmp_path):
     for name in ("images/0.jpg", "images/._0.jpg", "labels/0.png"):
         write(tmp_path / name, np.zeros((2, 2)))
     assert len(files.list_pairs(tmp_path / "images", tmp_path / "labels")) == 1
+
+
+def test_results_do_not_lie_among_the_images(tmp_path):
+    """A run in the folder of the images would give the next one its pictures as images."""
+    for out in (tmp_path / "images", tmp_path / "images" / "train" / "run"):
+        with pytest.raises(InputError, match="its pictures would be taken for images"):
+            files.check_outside(out, str(tmp_path))
+    files.check_outside(tmp_path / "run", str(tmp_path))
+    files.check_outside(tmp_path / "run", None)

@@ -318,6 +318,7 @@ def test_loads_a_diffusers_folder(pair, tmp_path, name):
 
 
 @pytest.mark.parametrize("key,value", [
+    ("num_attention_heads", 4), ("resnet_out_scale_factor", 2.0),
     ("use_linear_projection", True), ("attention_head_dim", [5, 10, 20]),
     ("down_block_types", ["DownBlock2D"] * 4), ("act_fn", "gelu"), ("in_channels", 9),
     ("norm_num_groups", 5), ("norm_num_groups", 0), ("block_out_channels", [32, 64, 96, 96]),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ops import draw, parallel
 from ops.errors import InputError, run_command
-from ops.settings import checked, leaves
+from ops.settings import checked, fits, leaves
 from tasks import TASKS
 from tasks.flags import Parser, finish, read_prompts, resolve, with_flags
 from tasks.recipes import Recipe, read_recipe, weights_of
@@ -81,6 +81,7 @@ PRETRAINED = ("label-prompts", "random-unet", "trained-encoder")  # need --init 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 FREE = ("out", "prompts", "device", "workers")  # may change between calls: places, not settings
 FROM_DATA = ("class_names", "num_classes")  # known when the data set has been opened
+WIDTHS = (("model", "unet"), ("model", "vae"))  # pretrained: when their files have been
 
 
 def main() -> None:
@@ -129,11 +130,14 @@ def run_recipe(base: Recipe, variant: Variant, seed: int) -> Recipe:
         write_prompts(recipe, variant, seed)
     recipe = finish(recipe, variant.changes)
     if (folder / "recipe.json").is_file():
-        old, new = leaves(read_recipe(folder / "recipe.json")), leaves(recipe)
+        started = read_recipe(folder / "recipe.json")
+        old, new = leaves(started), leaves(recipe)
         for path in new:
-            if path[-1] not in (*FREE, *FROM_DATA) and old[path] != new[path]:
-                raise InputError(f"{folder}/recipe.json has {path[-1]} {old[path]}, this command "
-                                 f"{new[path]}: give the same flags, or another --out")
+            found = path[-1] in FROM_DATA or recipe.init != "random" and path[:-1] in WIDTHS
+            if path[-1] not in FREE and not found and old.get(path) != new[path]:
+                raise InputError(f"{folder}/recipe.json has {path[-1]} {old.get(path)}, this "
+                                 f"command {new[path]}: give the same flags, or another --out")
+        recipe = replace(recipe, model=started.model)    # with what the start found out
     return recipe
 
 
@@ -167,7 +171,7 @@ def final_metric(recipe: Recipe) -> float | None:
     """The main metric after the run's last step; None if the run has not got there."""
     name = TASKS[recipe.task].METRIC[0]
     found = [record[name] for record in read_log(Path(recipe.out) / "metrics.jsonl")
-             if record["step"] == recipe.iterations and name in record]
+             if record["step"] == recipe.iterations and fits(float, record.get(name))]
     return found[-1] if found else None
 
 

@@ -10,6 +10,7 @@ RUN (--out) also holds settings.json, metrics.jsonl and pictures/.
 """
 import argparse
 import time
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 
 from eval import check_folder
 from ops.errors import InputError, run_command
-from ops.muon import Muon, split
 from ops.settings import comments
 from pretraining.bpe import save_tokenizer
 from pretraining.cache import (load_cache, load_held_out, load_tokenizer, log, read_metrics,
@@ -33,7 +33,8 @@ from pretraining.diffusion import TIMESTEPS, Denoiser, add_noise, average_weight
 from pretraining.export import check_place, export
 from pretraining.settings import Settings, check_same, flag
 from pretraining.start import images_seen, start_autoencoder, start_denoiser, start_tokenizer
-from pretraining.state import load_state, save_state, write_tensors
+from pretraining.state import check_steps, load_state, save_state, write_tensors
+from pretraining.steps import generator, optimizer_of, set_rate
 from sets.captions import captions
 from sets.embedded import VAL_SEED
 from sets.shapes import render_world
@@ -43,6 +44,7 @@ from tasks.flags import Parser, show, value_of
 from vpd.text import TextConfig, TextEncoder, Tokenizer
 from weights.checkpoint import write_json
 from weights.files import assemble, read_tensors
+from weights.runs import Lock
 
 # Scenes for the tasks: training has seeds 2 k VAL_SEED + [0, VAL_SEED), k = 0, 1, ...; validation
 # VAL_SEED + index.  From 3 VAL_SEED on for one VAL_SEED, neither has any.
@@ -52,28 +54,6 @@ HELD_OUT = FIRST_SCENE + VAL_SEED // 2  # first scene for this file's own figure
 
 # ------------------------------------------------------------------------------------------------
 # What the stages share
-
-def generator(settings: Settings, step: int) -> torch.Generator:
-    """The random numbers of one step: a stopped run goes on with the ones it would have had."""
-    return torch.Generator().manual_seed((settings.seed << 32) + step)
-
-
-def optimizer_of(settings: Settings, model: nn.Module) -> Muon:
-    """Muon for the matrices, AdamW for the rest, no weight decay."""
-    groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
-    optimizer = Muon(split(groups, model, settings.lr, settings.muon_lr), lr=settings.lr)
-    for group in optimizer.param_groups:
-        group["full_lr"] = group["lr"]
-    return optimizer
-
-
-def set_rate(optimizer: Muon, settings: Settings, step: int, steps: int) -> None:
-    """Linear warm-up, then the full rate, then linear decay to 0 over the last `decay` share."""
-    warmup, decay = max(settings.warmup, 1), max(settings.decay * steps, 1)
-    share = min(1.0, (step + 1) / warmup, (steps - step) / decay)
-    for group in optimizer.param_groups:
-        group["lr"] = group["full_lr"] * share
-
 
 def save_grid(path: Path, rows: list[Tensor]) -> None:
     """Rows of images (B, 3, H, W) in [-1, 1] as one PNG."""
@@ -138,6 +118,12 @@ def train_autoencoder(settings: Settings) -> None:
     optimizer = optimizer_of(settings, model)
     path = run / "autoencoder.safetensors"
     done = load_state(path, {"vae": model}, optimizer)
+    check_steps(done, settings.vae_steps, "--vae-steps", path)
+    if (run / "vae.safetensors").exists() and list(run.glob("latents/*.safetensors")):
+        if done < settings.vae_steps:
+            raise InputError(f"{run}/latents is of the autoencoder after {done or 'other'} steps: "
+                             f"delete it to go on to --vae-steps {settings.vae_steps}")
+        return                                           # not even by a rounding another one
     held_out, _ = scenes(settings, HELD_OUT, 64)
     images, _ = scenes(settings, FIRST_SCENE, settings.vae_scenes * (done < settings.vae_steps))
     bar = tqdm(range(done, settings.vae_steps), initial=done, total=settings.vae_steps,
@@ -238,15 +224,16 @@ def make_cache(settings: Settings) -> None:
     """RUN/latents/: the missing ones of the files that `diffusion` reads; the last one of a run
     with fewer `scenes` is made again.
     """
-    (folder := Path(settings.out) / "latents").mkdir(parents=True, exist_ok=True)
-    model = load_autoencoder(settings)
-    for first in tqdm(range(0, settings.scenes, settings.shard), desc="cache", unit="file"):
-        path, count = shard_path(settings, first), min(settings.shard, settings.scenes - first)
-        if not path.exists() or len(read_shard(settings, path, settings.shard)["ids"]) < count:
-            write_shard(settings, model, path, FIRST_SCENE + first, count)
-        if not (folder / "held_out.safetensors").exists():
-            write_shard(settings, model, folder / "held_out.safetensors", HELD_OUT,
-                        settings.held_out)
+    with Lock(Path(settings.out), ".cache.lock"):
+        (folder := Path(settings.out) / "latents").mkdir(parents=True, exist_ok=True)
+        model = load_autoencoder(settings)
+        for first in tqdm(range(0, settings.scenes, settings.shard), desc="cache", unit="file"):
+            path, count = shard_path(settings, first), min(settings.shard, settings.scenes - first)
+            if not path.exists() or len(read_shard(settings, path, settings.shard)["ids"]) < count:
+                write_shard(settings, model, path, FIRST_SCENE + first, count)
+            if not (folder / "held_out.safetensors").exists():
+                write_shard(settings, model, folder / "held_out.safetensors", HELD_OUT,
+                            settings.held_out)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -312,6 +299,7 @@ def train_diffusion(settings: Settings) -> None:
     optimizer = optimizer_of(settings, model)
     parts = {"model": model, "averaged": averaged}
     done = load_state(run / "diffusion.safetensors", parts, optimizer)
+    check_steps(done, settings.steps, "--steps", run / "diffusion.safetensors")
     bar = tqdm(range(done, settings.steps), initial=done, total=settings.steps, desc="diffusion")
     losses, since = [], time.process_time()
     for step in bar:
@@ -421,12 +409,12 @@ def check(stage: str, settings: Settings) -> None:
         raise InputError("--start: the autoencoder is that folder's: run `cache` or `diffusion`")
     if (run / "recipe.json").exists():
         raise InputError(f"--out {run} holds a run of train.py")
+    check_same(settings, run / "settings.json")
     if stage in ("diffusion", "export"):
-        check_place(place)
+        check_place(place, asdict(settings))
         if place.resolve() in (run.resolve(), *run.resolve().parents):
             raise InputError(f"--export {place} would replace --out {run}: give another folder")
         check_folder("--export", settings.export)
-    check_same(settings, run / "settings.json")
     if stage in ("sample", "export"):
         load_run(settings)
     elif settings.start and not (run / "vae.safetensors").exists():
@@ -440,10 +428,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one stage."""
     stage, settings = parse(arguments)
     check(stage, settings)
-    Path(settings.out).mkdir(parents=True, exist_ok=True)
-    if stage not in ("sample", "export"):
-        write_json(Path(settings.out) / "settings.json", asdict(settings))
-    STAGES[stage](settings)
+    alone = stage not in ("cache", "sample")             # these may run beside `diffusion`
+    with Lock(Path(settings.out)) if alone else nullcontext():
+        if stage not in ("sample", "export"):
+            Path(settings.out).mkdir(parents=True, exist_ok=True)
+            write_json(Path(settings.out) / "settings.json", asdict(settings))
+        STAGES[stage](settings)
 
 
 if __name__ == "__main__":

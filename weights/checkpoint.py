@@ -161,7 +161,8 @@ PRIVATE = ("out", "files", "device", "init_from", "prompts",
 
 def model_card(recipe: dict, metrics: dict, step: int) -> str:
     """Text of the Hub's README.md: task, recipe without paths, metrics (scalars only), licence."""
-    licence, note = LICENCES[recipe["backbone"] == "tiny" or recipe["init"] == "random"]
+    ours = recipe["backbone"] == "tiny" or recipe["init"] == "random"
+    licence, note = LICENCES[ours and not recipe.get("init_from")]  # whose backbone is not known
     tag, method, kind = METHODS[recipe["model"].get("method")]
     scalars = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
     shown = {k: v for k, v in recipe.items() if k not in PRIVATE}
@@ -257,25 +258,34 @@ def expected_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return found
 
 
+def check_moments(found: dict[str, Tensor], expected: dict[str, Tensor], step: int,
+                  path: Path) -> None:
+    """InputError unless the moments of a file are the `expected_moments` after `step` steps: names,
+    shapes, types, finite values.
+    """
+    for name in sorted(expected.keys() ^ found.keys()):
+        raise InputError(f"{path} {'lacks' if name in expected else 'has the unknown'} {name}")
+    for key, value in found.items():
+        wanted, kind = expected[key], key.rpartition(":")[2]
+        if value.shape != wanted.shape or value.dtype != wanted.dtype:
+            raise InputError(f"{path}: {key} is {value.dtype} of shape {tuple(value.shape)}, "
+                             f"expected {wanted.dtype} of {tuple(wanted.shape)}")
+        if not value.isfinite().all() or kind == "exp_avg_sq" and value.min() < 0 \
+                or kind == "step" and value != step:
+            raise InputError(f"{path}: {key} holds a value that no optimiser has after step {step}")
+
+
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
                    step: int) -> None:
     """Give the optimiser the moments saved in `folder` after `step` steps.
 
-    InputError if they are not exactly those of this model: names, shapes, types, finite values.
+    InputError if they are not exactly those of this model: see `check_moments`.
     """
-    path, expected = folder / "optimizer.safetensors", expected_moments(model, optimizer)
+    path = folder / "optimizer.safetensors"
     found, parameters = read_tensors(path), dict(model.named_parameters())
-    for name in sorted(expected.keys() ^ found.keys()):
-        raise InputError(f"{path} {'lacks' if name in expected else 'has the unknown'} {name}")
+    check_moments(found, expected_moments(model, optimizer), step, path)
     for key, value in found.items():
-        wanted = expected[key]
-        if value.shape != wanted.shape or value.dtype != wanted.dtype:
-            raise InputError(f"{path}: {key} is {value.dtype} of shape {tuple(value.shape)}, "
-                             f"expected {wanted.dtype} of {tuple(wanted.shape)}")
         name, _, kind = key.rpartition(":")
-        if not value.isfinite().all() or kind == "exp_avg_sq" and value.min() < 0 \
-                or kind == "step" and value != step:
-            raise InputError(f"{path}: {key} holds a value that no optimiser has after step {step}")
         device = "cpu" if kind == "step" and not parameters[name].is_cuda \
             else parameters[name].device
         optimizer.state[parameters[name]][kind] = value.clone().to(device)

@@ -167,6 +167,9 @@ SD1_UNET = {
     "use_linear_projection": False, "only_cross_attention": False, "dual_cross_attention": False,
     "class_embed_type": None, "addition_embed_type": None, "num_class_embeds": None,
     "resnet_time_scale_shift": "default", "transformer_layers_per_block": 1,
+    "num_attention_heads": None, "attention_type": "default", "time_embedding_type": "positional",
+    "time_embedding_act_fn": None, "timestep_post_act": None, "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0, "mid_block_type": "UNetMidBlock2DCrossAttn",
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }

@@ -15,18 +15,46 @@ from weights.checkpoint import LAST, complete, write_text
 PLACES = ("best", "last", "pictures", "metrics.jsonl", "recipe.json", "unreadable.txt")  # of a run
 
 
-class RunFolder:
-    """The folder of a run, held by one process: a second one is told.
+class Lock:
+    """A folder, made if it is not there, for one process at a time: a second one is told.
 
-    Raises InputError if it can't be written, is in use, or a new run would overwrite another.
+    It is removed again if nothing was written into it.  Raises InputError if it can't be written or
+    is in use.  `name`: of the file that is locked, for each of several kinds of work.
+    """
+
+    def __init__(self, run: Path, name: str = ".lock"):
+        self.run, self.path = run, run / name
+
+    def __enter__(self) -> None:
+        self.new = [path for path in (self.run, *self.run.parents) if not path.exists()]
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--out {self.run} can't be written: {error}") from None
+        if not lock_file(self.file):
+            self.file.close()
+            raise InputError(f"{self.run} is in use by another process that writes into it")
+
+    def __exit__(self, *error) -> None:
+        self.file.close()                                # also unlocks it
+        if self.new and len(list(self.run.iterdir())) == 1:
+            self.path.unlink()                           # refused before anything was written
+            for path in self.new:
+                path.rmdir()
+
+
+class RunFolder(Lock):
+    """The folder of a run of train.py, held by the first of its processes.
+
+    Raises InputError, too, if a new run would overwrite another.
     """
 
     def __init__(self, run: Path, resume: bool):
-        self.run, self.resume = run, resume
+        super().__init__(run)
+        self.resume = resume
 
     def __enter__(self) -> None:
-        self.lock = None
-        self.new = [path for path in (self.run, *self.run.parents) if not path.exists()]
         if parallel.rank() > 0:
             return
         kept = [name for name in ("last", "last.previous", "best", "best.previous")
@@ -41,22 +69,11 @@ class RunFolder:
             if place in PLACES and path.is_dir() == place.endswith((".json", ".jsonl", ".txt")):
                 raise InputError(f"{path} is in the way: a run writes a file or folder of another "
                                  "kind there; move it")
-        try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.run / ".lock").open("a", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--out {self.run} can't be written: {error}") from None
-        if not lock_file(self.lock):
-            self.lock.close()
-            raise InputError(f"{self.run} is in use by another process that trains into it")
+        super().__enter__()
 
     def __exit__(self, *error) -> None:
-        if self.lock is not None:
-            self.lock.close()                            # also unlocks it
-            if self.new and len(list(self.run.iterdir())) == 1:
-                (self.run / ".lock").unlink()            # refused before anything was written
-                for path in self.new:
-                    path.rmdir()
+        if parallel.rank() == 0:
+            super().__exit__(*error)
 
 
 def lock_file(file) -> bool:
