@@ -118,8 +118,8 @@ def tiny(recipe: Recipe) -> Recipe:
                         refine_steps=1)  # three passes cost 1.5 times one, and gain nothing here
     if recipe.task == "seg":
         return replace(recipe, model=model, protocol=replace(recipe.protocol, scale=None))
-    if recipe.task == "refer":
-        return replace(recipe, model=model)
+    if recipe.task == "refer":                           # words take longer than classes
+        return replace(recipe, model=model, iterations=2400, eval_every=600, save_every=600)
     recipe = replace(recipe, schedule="poly")
     if recipe.task == "depth":
         model = replace(model, max_depth=80.0)
