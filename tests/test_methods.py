@@ -132,6 +132,7 @@ def test_the_text_encoder_is_not_trained_and_not_saved(run):
     assert not any("reader" in name or "text_model" in name for name in tensors)
 
 
+@pytest.mark.slow
 def test_memory_is_estimated_for_vpd(tmp_path):
     """A step on fake tensors; referring takes its sentences' states, too."""
     assert 1 < memory.step_gb(small("refer", tmp_path / "r")) < 2
