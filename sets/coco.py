@@ -174,10 +174,11 @@ def read_person(path: Path, position: int, entry, images: dict) -> dict | None:
         entry["num_keypoints"] = sum(max(xy) != 0 for xy in zip(joints[0::3], joints[1::3]))
     area, crowd, count = (numbers(entry, key, 0, where)
                           for key in ("area", "iscrowd", "num_keypoints"))
-    if crowd not in (0, 1) or count and not (area > 0 and any(joints[2::3])):
+    if crowd not in (0, 1) or count not in range(18) \
+            or count and not (area > 0 and any(joints[2::3])):
         raise InputError(f"{where}: iscrowd {crowd}, area {area}, num_keypoints {count}: iscrowd "
-                         "is 0 or 1; a person with joints has an area above 0, and labels some (v, "
-                         "every third number of keypoints, is 1 or 2)")
+                         "is 0 or 1, num_keypoints 0 to 17; a person with joints has an area above "
+                         "0, and labels some (v, every third number of keypoints, is 1 or 2)")
     width, height = (images[entry["image_id"]][side] for side in ("width", "height"))
     for x, y, v in zip(joints[0::3], joints[1::3], joints[2::3]):
         near = -width <= x <= 2 * width and -height <= y <= 2 * height

@@ -335,3 +335,11 @@ def test_an_ablation_has_one_default_folder(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["ablate", "--task", "depth", *words])
         ablate.main()
     assert asked == ["runs/ablation-depth-shapes"] * 2 + ["there"] * 2
+
+
+def test_an_ablation_is_no_guest_of_a_run(tmp_path):
+    """Its table and runs do not go into the folder of another run."""
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a run of train.py: give another folder"):
+        ablate.ablate(recipe(tmp_path), 1, [])
+    assert len(list(tmp_path.iterdir())) == 1

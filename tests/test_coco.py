@@ -214,6 +214,8 @@ def test_paths_replace_the_layout(tmp_path):
     (person(8, bbox=[5, -30, 9, 9]), "annotation 8: its box.*is outside image 7"),
     (person(8, category_id="1"), "annotation number 1: category_id must be there, an integer"),
     (person(8, category_id=True), "annotation number 1: category_id must be there, an integer"),
+    (person(8, num_keypoints=-1), "annotation 8: .* num_keypoints 0 to 17"),
+    (person(8, num_keypoints=0.5), "annotation 8: .* num_keypoints 0.5: iscrowd is 0 or 1, num_k"),
     (person(8, iscrowd=2), "annotation 8: iscrowd 2, area 1500.5, .*: iscrowd is 0 or 1"),
     (person(8, area=0), "annotation 8: iscrowd 0, area 0, .* has an area above 0"),
     (person(8, area=-3.5), "annotation 8: iscrowd 0, area -3.5"),

@@ -217,6 +217,8 @@ def ablate(base: Recipe, seeds: int, names: list[str] | None) -> None:
     A run that diverges has no value; called again, it is tried again.
     """
     checked(int, seeds, "--seeds", "seeds")
+    if (Path(base.out) / "recipe.json").exists():
+        raise InputError(f"--out {base.out} holds a run of train.py: give another folder")
     last = base.seed + seeds - 1
     checked(int, last, f"--seed {base.seed} --seeds {seeds}: the last seed", "seed")
     chosen, numbers = choose(base, names), range(base.seed, base.seed + seeds)
