@@ -26,8 +26,7 @@ from ops.settings import from_dict
 from unet import UNet, UNetConfig
 from vae import VAEConfig, VAEEncoder
 from weights import official
-from weights.files import (SD15, assemble, find_model, modern_config, read_tensors,
-                           save_model)
+from weights.files import SD15, assemble, load_model, modern_config, save_model
 
 
 @dataclass(frozen=True)
@@ -230,9 +229,7 @@ class MetaPromptModel(nn.Module):
 
         Raises InputError naming the file if something is missing, unknown, misshapen or truncated.
         """
-        folder = find_model(str(source))
-        config, path = read_config(folder / "config.json"), folder / "model.safetensors"
-        return assemble(cls, config, read_tensors(path), path).eval()
+        return load_model(cls, read_config, str(source))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder` (made if it does not exist)."""

@@ -189,7 +189,9 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor,
                 mapped: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """The level's outputs in order; each is a skip connection, the last one goes on down."""
+        """(The level's outputs in order; each is a skip connection, the last one goes on down), its
+        maps (B, N, H, W).
+        """
         skips, maps = [], []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
@@ -236,7 +238,9 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor,
                 mapped: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """(B, c_in, H, W), a skip per layer -> (input of the next level, this level's feature)."""
+        """(B, c_in, H, W), a skip per layer -> (input of the next level, this level's feature, its
+        maps (B, N, H, W)).
+        """
         outputs, maps = [], []
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, fit_skip(skips[i], x)], dim=1), temb)

@@ -189,14 +189,20 @@ def read_person(path: Path, position: int, entry, images: dict) -> dict | None:
             "bbox": numbers(entry, "bbox", 4, where), "iscrowd": crowd, "num_keypoints": count}
 
 
-def read_coco(path: Path) -> dict:
-    """A COCO keypoint file reduced to people and to the keys in use; InputError if it is none."""
+def read_lists(path: Path) -> tuple[list, list]:
+    """Images and annotations of a COCO file, unchecked; InputError if it is none."""
     content = read_json(path)
     parts = [content.get(key) if isinstance(content, dict) else None
              for key in ("images", "annotations")]
     if not all(isinstance(part, list) for part in parts):
-        raise InputError(f"{path} is no COCO keypoint file: it must be an object with the lists "
-                         "'images' and 'annotations'")
+        raise InputError(f"{path} is no COCO file: it must be an object with the lists 'images' "
+                         "and 'annotations'")
+    return tuple(parts)
+
+
+def read_coco(path: Path) -> dict:
+    """A COCO keypoint file reduced to people and to the keys in use; InputError if it is none."""
+    parts = read_lists(path)
     images = read_images(path, parts[0])
     known = {image["id"]: image for image in images}
     people = [read_person(path, position, entry, known) for position, entry in enumerate(parts[1])]

@@ -85,42 +85,8 @@ def scene_seed(key: tuple[int, int], length: int, cut: Cut) -> int:
     return cut.seed * VAL_SEED * 2 + epoch * length + index
 
 
-def endless(dataset) -> str:
-    """End of a summary line: whether an epoch's scenes come back."""
-    return ", new ones in every epoch" if dataset.cut.training and not dataset.again else ""
-
-
-class Shapes(Dataset):
-    """Scenes as high and wide as the crop: labels for seg, metres for depth."""
-
-    def __init__(self, length: int, task: str, cut: Cut, again: bool = False):
-        self.length, self.task, self.again = length, task, again
-        self.cut, self.scale = cut, cut.scale
-        self.classes = plain_classes(shapes.CLASSES, COLOURS)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def names(self) -> list[str]:
-        """Of all scenes of the first epoch."""
-        return [f"scene {scene_seed((0, index), self.length, self.cut)}"
-                for index in range(self.length)]
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        """Sample of key = (epoch, index)."""
-        seed = scene_seed((0, key[1]) if self.again else key, self.length, self.cut)
-        scene = shapes.render(seed, *self.cut.crop, DEPTH_LENS if self.task == "depth" else None)
-        target = scene.label if self.task == "seg" else scene.depth  # metres; the sky has none: 0
-        return to_sample(scene.image, target, f"scene {seed}")
-
-    def check(self) -> str:
-        """Summary line, like SegFiles.check."""
-        return (f"{self.length} scenes of {self.cut.crop[1]}x{self.cut.crop[0]} pixels, rendered "
-                f"on the fly{endless(self)}")
-
-
-class ShapesRefer(Dataset):
-    """Scenes as high and wide as the crop, one sentence about each."""
+class Rendered(Dataset):
+    """Scenes as high and wide as the crop; `again`: every epoch has those of the first one."""
 
     def __init__(self, length: int, cut: Cut, again: bool = False):
         self.length, self.cut, self.again = length, cut, again
@@ -128,14 +94,46 @@ class ShapesRefer(Dataset):
     def __len__(self) -> int:
         return self.length
 
+    def seed(self, key: tuple[int, int]) -> int:
+        """Seed of the scene of key = (epoch, index)."""
+        return scene_seed((0, key[1]) if self.again else key, self.length, self.cut)
+
     def names(self) -> list[str]:
-        """Of the scenes of the first epoch."""
-        return [f"scene {scene_seed((0, index), self.length, self.cut)}"
-                for index in range(self.length)]
+        """Of all scenes of the first epoch."""
+        return [f"scene {self.seed((0, index))}" for index in range(self.length)]
+
+    def check(self) -> str:
+        """Summary line, like SegFiles.check."""
+        return (f"{self.length} scenes of {self.cut.crop[1]}x{self.cut.crop[0]} pixels, rendered "
+                f"on the fly{self.endless()}")
+
+    def endless(self) -> str:
+        """End of a summary line: whether an epoch's scenes come back."""
+        return ", new ones in every epoch" if self.cut.training and not self.again else ""
+
+
+class Shapes(Rendered):
+    """Labels for seg, metres for depth."""
+
+    def __init__(self, length: int, task: str, cut: Cut, again: bool = False):
+        super().__init__(length, cut, again)
+        self.task, self.scale = task, cut.scale
+        self.classes = plain_classes(shapes.CLASSES, COLOURS)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Sample of key = (epoch, index)."""
-        first = scene_seed((0, key[1]) if self.again else key, self.length, self.cut)
+        seed = self.seed(key)
+        scene = shapes.render(seed, *self.cut.crop, DEPTH_LENS if self.task == "depth" else None)
+        target = scene.label if self.task == "seg" else scene.depth  # metres; the sky has none: 0
+        return to_sample(scene.image, target, f"scene {seed}")
+
+
+class ShapesRefer(Rendered):
+    """One sentence about each scene, and the pixels of what it means."""
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """Sample of key = (epoch, index)."""
+        first = self.seed(key)
         for attempt in range(SCENE_TRIES):               # whose seeds lie between those of epochs
             seed = first + attempt * (VAL_SEED // SCENE_TRIES)
             scene, world = shapes.render_world(seed, *self.cut.crop)
@@ -143,11 +141,6 @@ class ShapesRefer(Dataset):
                 return make_refer_sample(scene.image, sentence, mask, f"scene {first}", key[1],
                                          self.cut.crop)
         raise RuntimeError(f"nothing can be said about {SCENE_TRIES} scenes")
-
-    def check(self) -> str:
-        """Summary line, like ReferFiles.check."""
-        return (f"{self.length} sentences about scenes of {self.cut.crop[1]}x{self.cut.crop[0]} "
-                f"pixels, rendered on the fly{endless(self)}")
 
 
 def scenes_as_coco(scenes: list[shapes.Scene], names: list[str]) -> dict:
@@ -165,7 +158,7 @@ def scenes_as_coco(scenes: list[shapes.Scene], names: list[str]) -> dict:
     return {"images": images, "annotations": annotations, "categories": [CATEGORY]}
 
 
-class ShapesPose(Dataset):
+class ShapesPose(Rendered):
     """People of scenes of SCENE_SIDE x SCENE_SIDE pixels.
 
     Training: `length` samples per epoch, one person of a new scene each.  Validation: every person
@@ -175,7 +168,8 @@ class ShapesPose(Dataset):
     boxes = GROUND_TRUTH
 
     def __init__(self, length: int, cut: Cut, augmented: bool, again: bool = False):
-        self.length, self.again, self.cut, self.augmented = length, again, cut, augmented
+        super().__init__(length, cut, again)
+        self.augmented = augmented
 
     def __len__(self) -> int:
         return self.length if self.cut.training else len(self.rendered[2])
@@ -221,5 +215,5 @@ class ShapesPose(Dataset):
         """Summary line, like CocoPose.check."""
         if self.cut.training:
             return (f"{self.length} scenes of {SCENE_SIDE}x{SCENE_SIDE} pixels, rendered on the fly"
-                    f"{endless(self)}")
+                    f"{self.endless()}")
         return f"{len(self)} people in {self.length} scenes of {SCENE_SIDE}x{SCENE_SIDE} pixels"

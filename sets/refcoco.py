@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from ops.errors import InputError, read_json
 from ops.polygons import coverage
-from sets.coco import read_images
+from sets.coco import check_keys, read_images, read_lists
 from sets.files import (LONGEST, Cut, check_some, find_root, load_image, load_label, load_pair,
                         to_sample)
 
@@ -131,7 +131,10 @@ def unpickle(path: Path):
     A pickle names the classes and functions that loading it calls.  None is let in.
     """
     class Plain(pickle.Unpickler):
+        """Knows no class."""
+
         def find_class(self, module: str, name: str):
+            """What the pickle asks for by name: refused."""
             raise InputError(f"{path} holds {module}.{name}, which could run code: it is not "
                              "loaded; get the file again from REFER")
 
@@ -187,17 +190,9 @@ def read_refs(path: Path, instances: Path, folder: Path, split: str) -> list[Ref
 
 def read_instances(path: Path, wanted: set[int]) -> tuple[dict, dict]:
     """(images by id, polygons of the `wanted` annotations by id) of an instances.json."""
-    content = read_json(path)
-    parts = [content.get(key) if isinstance(content, dict) else None
-             for key in ("images", "annotations")]
-    if not all(isinstance(part, list) for part in parts):
-        raise InputError(f"{path} is no COCO file: it must be an object with the lists 'images' "
-                         "and 'annotations'")
-    objects = {}
+    parts, objects = read_lists(path), {}
     for position, entry in enumerate(parts[1]):
-        if not isinstance(entry, dict) or type(entry.get("id")) is not int:
-            raise InputError(f"{path}, annotation number {position}: an annotation is an object "
-                             "with an integer id")
+        check_keys(entry, {"id": int}, f"{path}, annotation number {position}")
         if entry["id"] in wanted:
             objects[entry["id"]] = read_polygons(entry.get("segmentation"),
                                                  f"{path}, annotation {entry['id']}")

@@ -113,6 +113,7 @@ def valid_depth(target: Tensor, protocol: Protocol) -> Tensor:
 def check_range(dataset, recipe) -> None:
     """InputError if no depth of the labels looked at counts, or the model's depths reach none."""
     def counts(target: Tensor) -> bool:
+        """Whether any metre of a label is judged."""
         valid = valid_depth(target, recipe.protocol)
         return bool((valid & (target <= recipe.model.max_depth)).any())
 

@@ -31,7 +31,7 @@ DIM = 4  # by what the surroundings of the object are divided in pictures
 class Protocol:
     """How an object is looked for."""
 
-    at_once: int = 1  # images in a batch; more than 1 only where targets have one size
+    at_once: int = 1  # images in a batch, of neighbours that have one size
     sentence: str | None = None  # your own pictures: which object is meant
 
 

@@ -247,9 +247,9 @@ def test_bad_images_are_named(tmp_path, images, named):
 
 
 @pytest.mark.parametrize("content,named", [
-    ([1, 2], "is no COCO keypoint file: it must be an object with the lists"),
-    ({"images": {}, "annotations": []}, "is no COCO keypoint file"),
-    ({"annotations": []}, "is no COCO keypoint file"),
+    ([1, 2], "is no COCO file: it must be an object with the lists"),
+    ({"images": {}, "annotations": []}, "is no COCO file"),
+    ({"annotations": []}, "is no COCO file"),
     ({"images": [image_entry(7, "a.png")], "annotations": [person(1, iscrowd=1)]},
      "holds no usable person")])
 def test_files_without_people_are_refused(tmp_path, content, named):

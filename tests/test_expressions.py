@@ -178,7 +178,7 @@ def test_words():
 def test_samples():
     """The embedded set: new scenes in every epoch, the same to validate on; the mask as target."""
     dataset = ReferScenes(val_scenes=5).open(cut())
-    assert isinstance(dataset, ShapesRefer) and "20000 sentences" in dataset.check()
+    assert isinstance(dataset, ShapesRefer) and "20000 scenes" in dataset.check()
     first, again, later = dataset[0, 3], dataset[0, 3], dataset[1, 3]
     assert first["sentence"] == again["sentence"] and (first["image"] == again["image"]).all()
     assert (first["image"] != later["image"]).any()

@@ -29,7 +29,7 @@ from unet import UNet, UNetConfig
 from vae import VAEConfig, VAEEncoder
 from vpd.heads import FPN, CoarseDepthHead, CoarseNeck, FPNHead, ReferHead
 from weights import official_vpd
-from weights.files import SD15, assemble, find_model, read_tensors, save_model
+from weights.files import SD15, assemble, load_model, save_model
 
 MAP_LEVELS = (1, 2)  # strides 16 and 32, whose maps are joined; official: max_attn_size
 
@@ -231,9 +231,7 @@ class VPDModel(nn.Module):
 
         Raises InputError naming the file if something is missing, unknown, misshapen or truncated.
         """
-        folder = find_model(str(source))
-        config, path = read_config(folder / "config.json"), folder / "model.safetensors"
-        return assemble(cls, config, read_tensors(path), path).eval()
+        return load_model(cls, read_config, str(source))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder` (made if it does not exist)."""

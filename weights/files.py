@@ -272,6 +272,15 @@ def find_model(source: str) -> Path:
                          f"({type(error).__name__})") from None
 
 
+def load_model(kind: type[nn.Module], read_config, source: str) -> nn.Module:
+    """The model of a class that `save_model` wrote, in evaluation mode; read_config(path) reads its
+    config.json.
+    """
+    folder = find_model(source)
+    config, path = read_config(folder / "config.json"), folder / "model.safetensors"
+    return assemble(kind, config, read_tensors(path), path).eval()
+
+
 def save_model(model: nn.Module, folder: Path) -> None:
     """Write config.json and model.safetensors of a model into `folder`, made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
