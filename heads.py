@@ -164,7 +164,7 @@ def lovasz_softmax(logits: Tensor, target: Tensor) -> Tensor:
     probs = widen(logits).softmax(dim=1).movedim(1, 0).flatten(1)         # (C, P)
     probs, labels, classes = by_class(probs, target.flatten())             # (C', P'), (P',), (C',)
     if has_data(probs):                                                    # else shapes stay fixed
-        present = torch.isin(classes, labels.unique())
+        present = labels.long().bincount(minlength=IGNORE + 1)[classes] > 0
         probs, classes = probs[present], classes[present]
     truth, valid = labels == classes[:, None], labels != IGNORE
     with torch.no_grad():                                                  # gradient: errors only
@@ -181,11 +181,10 @@ def jaccard_growth(errors: Tensor, truth: Tensor) -> Tensor:
     order of their errors; errors and truth (C, P) -> (C, P).
     """
     order = descending(errors)
-    truth = truth.gather(1, order).to(errors.dtype)
-    area = truth.sum(dim=1, keepdim=True)                                  # (C, 1)
-    intersection = area - truth.cumsum(dim=1)
-    union = area + (1 - truth).cumsum(dim=1)
-    growth = torch.diff(1 - intersection / union, dim=1, prepend=torch.zeros_like(area))
+    hits = truth.gather(1, order).to(errors.dtype).cumsum(dim=1)           # (C, P), so far
+    area, rank = hits[:, -1:], torch.arange(1, 1 + hits.shape[1], device=hits.device)
+    loss = 1 - (area - hits) / (area + rank - hits)                        # 1 - intersection / union
+    growth = torch.diff(loss, dim=1, prepend=torch.zeros_like(loss[:, :1]))
     return torch.empty_like(growth).scatter_(1, order, growth)
 
 

