@@ -14,23 +14,34 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steep at 0, all va
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """(K, m, n) -> about U V^T of each U S V^T, by five Newton-Schulz steps.
+def orthogonalize(batches: list[Tensor]) -> list[Tensor]:
+    """Batches (K, m, n), each of another shape -> about U V^T of each U S V^T, by five Newton-Schulz
+    steps.
 
     x <- (a + b G + c G^2) x, G = x x^T, where every factor is a polynomial of the first G: so they
-    are multiplied among themselves, small and square, and x is touched only at both ends.
+    are multiplied among themselves, small and square, and x is touched only at both ends.  In a
+    narrow model many shapes have a G of one size: these go through the steps together.
     """
-    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-12)               # (K, m, n), m <= n
+    wide = [x if x.shape[1] <= x.shape[2] else x.mT for x in batches]
+    wide = [x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12) for x in wide]  # (K, m, n), m <= n
+    sizes: dict[int, list[int]] = {}
+    for i, x in enumerate(wide):
+        sizes.setdefault(x.shape[1], []).append(i)
+    for indices in sizes.values():
+        products = newton_schulz(torch.cat([wide[i] @ wide[i].mT for i in indices]))
+        for i, product in zip(indices, products.split([len(wide[i]) for i in indices])):
+            wide[i] = product @ wide[i]
+    return [x if x.shape == given.shape else x.mT for x, given in zip(wide, batches)]
+
+
+def newton_schulz(gram: Tensor) -> Tensor:
+    """(K, m, m) G -> the product of five steps' factors, about G^(-1/2)."""
     a, b, c = COEFFICIENTS
-    gram = x @ x.mT                                                        # (K, m, m)
-    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    product = identity
+    product = identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     for _ in range(5):
-        factor = a * identity + b * gram + c * gram @ gram
+        factor = torch.baddbmm(b * gram, gram, gram, alpha=c) + a * identity
         product, gram = factor @ product, factor @ gram @ factor
-    x = product @ x
-    return x if wide is matrices else x.mT
+    return product
 
 
 class Muon(torch.optim.AdamW):
@@ -49,22 +60,25 @@ class Muon(torch.optim.AdamW):
                 shapes: dict[tuple, list[nn.Parameter]] = {}
                 for p in filter(lambda p: p.grad is not None, group["params"]):
                     shapes.setdefault(tuple(p.flatten(1).shape), []).append(p)
-                for same in shapes.values():             # a narrow model: many small products
-                    self.move(same, group["lr"], group["weight_decay"])
+                self.move(list(shapes.values()), group["lr"], group["weight_decay"])
         super().step()
 
-    def move(self, params: list[nn.Parameter], lr: float, decay: float) -> None:
-        """Update weights of one flattened shape, together."""
+    def move(self, shapes: list[list[nn.Parameter]], lr: float, decay: float) -> None:
+        """Update weights, given by flattened shape."""
+        updates = orthogonalize([torch.stack(self.nesterov(same)) for same in shapes])
+        for same, update in zip(shapes, updates):
+            rate = lr * max(1.0, update.shape[1] / update.shape[2]) ** 0.5
+            torch._foreach_mul_(same, 1 - lr * decay)
+            torch._foreach_add_(same, [u.view_as(p) for u, p in zip(update, same)], alpha=-rate)
+
+    def nesterov(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """Flattened momenta that already know this gradient, which is freed."""
         grads, moments = [p.grad for p in params], []
         for p in params:
             moments.append(self.state[p].setdefault("momentum", torch.zeros_like(p)))
             p.grad = None
         torch._foreach_lerp_(moments, grads, 1 - MOMENTUM)
-        nesterov = torch._foreach_lerp(grads, moments, MOMENTUM)
-        updates = orthogonalize(torch.stack([u.flatten(1) for u in nesterov]))
-        rate = lr * max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
-        for p, update in zip(params, updates):
-            p.mul_(1 - lr * decay).add_(update.view_as(p), alpha=-rate)
+        return [u.flatten(1) for u in torch._foreach_lerp(grads, moments, MOMENTUM)]
 
 
 def split(groups: list[dict], model: nn.Module, lr: float, muon_lr: float) -> list[dict]:
