@@ -36,6 +36,20 @@ def collect(text):
 COMMANDS = list(dict.fromkeys(command for text in TEXTS.values() for command in collect(text)))
 
 
+def rows_of(text):
+    """Every row of every table of a Markdown text, as {column: cell}."""
+    found, columns = [], None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip()[1:-1].split("|")]
+        if not line.startswith("|"):
+            columns = None
+        elif columns is None:
+            columns = cells
+        elif set(line) - set("|-: "):
+            found.append(dict(zip(columns, cells, strict=True)))
+    return found
+
+
 def words_of(command):
     """Its words as `python PROGRAM ...`, without an installation before it."""
     words = shlex.split(re.sub(r"^pip install -r \S+ && ", "", command))
