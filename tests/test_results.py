@@ -1,6 +1,10 @@
 """docs/RESULTS.md quotes what docs/runs/ holds, the records of its runs.
 
     pytest tests/test_results.py
+
+A new row: copy a run's metrics.jsonl and recipe.json to docs/runs/NAME (several seeds: to
+NAME/seedK), make the recipe's paths relative, link the folder under "record".  Of a laboratory copy
+ablation.json to docs/runs/ablation-TASK; tests/test_paper.py prints what PAPER.md then has to say.
 """
 import json
 import re
