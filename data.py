@@ -40,7 +40,8 @@ def open_set(recipe, split: str) -> Dataset:
     if files are missing or broken.
     """
     crop = (recipe.crop, recipe.crop_width or recipe.crop)
-    return recipe.files.open(Cut(split, crop, getattr(recipe.protocol, "scale", None), recipe.seed))
+    return recipe.files.open(Cut(split, crop, getattr(recipe.protocol, "scale", None), recipe.seed,
+                                 getattr(recipe.model, "caption_prompts", False)))
 
 
 class Stream(Sampler):

@@ -42,6 +42,7 @@ from sets.ade20k import read_names
 from sets.files import UNREADABLE_SHARE, check_outside
 from sets.nyu_kitti import SCENES
 from tasks import TASKS, depth, methods
+from tasks.captions import CAPTIONS
 from tasks.flags import read_prompts, resolve
 from tasks.recipes import Recipe, check_model, lr_factor, read_recipe, weights_of
 from vae import VAEEncoder
@@ -183,9 +184,9 @@ def build_model(recipe: Recipe, names: tuple[str, ...]) -> MetaPromptModel:
         model = MetaPromptModel(replace(config, unet=unet, vae=encoder.config), encoder)
         print(f"backbone   RANDOM UNet; VAE encoder of {recipe.backbone}, frozen")
     else:
-        model = MetaPromptModel.from_stable_diffusion(config, weights_of(recipe))
+        model = methods.kind_of(config).from_stable_diffusion(config, weights_of(recipe))
         print(f"backbone   {recipe.backbone}: pretrained, VAE encoder frozen")
-    if recipe.prompts:
+    if recipe.prompts not in (None, CAPTIONS):
         prompts = read_prompts(Path(recipe.prompts), model.config.unet.context_dim)
         model.prompts.data.copy_(prompts)                # (N, D) -> (1 or T, N, D)
         print(f"prompts    {recipe.prompts}: fixed, {'an' if config.prompt_adapter else 'no'} "

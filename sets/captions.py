@@ -10,6 +10,7 @@ numbers count what is mentioned. No caption says all there is to say. A caption 
 """
 import colorsys
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -241,6 +242,11 @@ def captions(scene: Scene, world: World, seed: int, count: int = 1) -> list[str]
             text = PREFIXES[int(rng.integers(2))] + text
         texts.append(text)
     return texts
+
+
+def without_sides(text: str) -> str:
+    """A caption that is true of the mirror image, too: it says nothing of left and right."""
+    return re.sub("(left|right) of", "and", re.sub(" (on the|facing) (left|right)", "", text))
 
 
 def count_words(text: str) -> int:

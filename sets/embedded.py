@@ -11,6 +11,7 @@ from huggingface_hub.utils import tqdm
 from torch.utils.data import Dataset
 
 from sets import shapes
+from sets.captions import captions, without_sides
 from sets.coco import CATEGORY, GROUND_TRUTH, PERSON, People, annotated_people, make_sample
 from sets.expressions import expressions
 from sets.files import Classes, Cut, plain_classes, to_sample
@@ -113,7 +114,7 @@ class Rendered(Dataset):
 
 
 class Shapes(Rendered):
-    """Labels for seg, metres for depth."""
+    """Labels for seg, metres for depth; a caption where the cut asks for one."""
 
     def __init__(self, length: int, task: str, cut: Cut, again: bool = False):
         super().__init__(length, cut, again)
@@ -123,9 +124,13 @@ class Shapes(Rendered):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Sample of key = (epoch, index)."""
         seed = self.seed(key)
-        scene = shapes.render(seed, *self.cut.crop, DEPTH_LENS if self.task == "depth" else None)
+        scene, world = shapes.render_world(seed, *self.cut.crop,
+                                           DEPTH_LENS if self.task == "depth" else None)
         target = scene.label if self.task == "seg" else scene.depth  # metres; the sky has none: 0
-        return to_sample(scene.image, target, f"scene {seed}")
+        sample = to_sample(scene.image, target, f"scene {seed}")
+        if self.cut.captions:                            # mirror images are read with it, too
+            sample["caption"] = without_sides(captions(scene, world, seed)[0])
+        return sample
 
 
 class ShapesRefer(Rendered):

@@ -34,6 +34,7 @@ class Cut:
     crop: tuple[int, int]  # (height, width) of a training crop; of a person's crop always
     scale: tuple[int, int] | None  # segmentation: (long, short) bounds of the resize
     seed: int  # of every random draw of a training sample
+    captions: bool = False  # embedded seg and depth: whether a sample has "caption", too
 
     @property
     def training(self) -> bool:

@@ -65,7 +65,8 @@ def predict(model: MetaPromptModel, images: Tensor, protocol: Protocol, dtype: t
             batch: int = 8, text: Tensor | None = None) -> Tensor:
     """Metres (B, H, W) of images (B, 3, H, W) in [0, 1]: mean over windows and mirror images.
 
-    `batch` windows at once.  text: VPD's numbers of the images' scene types, (B,).
+    `batch` windows at once.  text: VPD's numbers of the images' scene types (B,), or states (B, N,
+    D) of captions.
     """
     B, _, H, W = images.shape
     side = min(H, W) if protocol.windows > 1 else W
@@ -74,7 +75,7 @@ def predict(model: MetaPromptModel, images: Tensor, protocol: Protocol, dtype: t
     for first in range(0, len(places), max(1, batch // B)):
         group = places[first:first + max(1, batch // B)]
         crops = torch.cat([images[..., x:x + side] for x in group])
-        ask = model if text is None else partial(model, text=text.repeat(len(group)))
+        ask = model if text is None else partial(model, text=torch.cat([text] * len(group)))
         with autocast(images.device, dtype):
             depth = ask(crops)[:, 0].float()
             if protocol.flip:

@@ -19,13 +19,16 @@ from torch import Tensor
 
 from ops.errors import InputError
 from ops.settings import checked, comments, leaves, with_leaves
-from tasks.recipes import ROWS, Recipe, check, find_recipe, read_recipe, tiny
+from tasks.captions import CAPTIONS, CaptionConfig
+from tasks.recipes import ROWS, Recipe, check, find_recipe, read_recipe, tiny, weights_of
+from vpd.text import Tokenizer
 from weights.files import read_tensors
 
 FieldPath = tuple[str, ...]  # names of the fields that lead to a setting
 
 UNFIT = re.compile(r"^$|[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # as a word of a command line
-FOUND_OUT = ("task", "method", "class_names", "num_classes", "fixed_prompts")  # no flags
+FOUND_OUT = ("task", "method", "class_names", "num_classes", "fixed_prompts",
+             "caption_prompts")  # no flags
 UNUSED = {  # fields of the model and the run that a method's task does not read
     ("meta-prompts", "seg"): ("max_depth", "resize_scale", "deconv_channels", "sigma", "crop_width",
                               "scene_types"),
@@ -251,18 +254,39 @@ def check_idle(recipe: Recipe, given: dict, tta: bool = False, pictures: bool = 
 
 
 def with_prompts(recipe: Recipe, given: dict) -> Recipe:
-    """The recipe for --prompts: N is the file's, and there is an adapter unless it was ruled out.
+    """The recipe for --prompts: N is the file's, or the number of a caption's tokens; there is an
+    adapter unless it was ruled out.
 
     The paper compares label and caption prompts (4.3) without saying how they enter the model; that
     they go through the depth model's adapter is ours.
     """
-    count = len(read_prompts(Path(recipe.prompts), recipe.model.unet.context_dim))
-    if "num_prompts" in given and recipe.model.num_prompts != count:
-        raise InputError(f"--num-prompts {recipe.model.num_prompts}: --prompts {recipe.prompts} "
+    model = recipe.model
+    if recipe.prompts == CAPTIONS:
+        count, model = caption_length(recipe), CaptionConfig(**vars(model))
+    else:
+        count = len(read_prompts(Path(recipe.prompts), model.unet.context_dim))
+    if "num_prompts" in given and model.num_prompts != count:
+        raise InputError(f"--num-prompts {model.num_prompts}: --prompts {recipe.prompts} "
                          f"holds {count}, which is N; leave --num-prompts out")
-    adapter = recipe.model.prompt_adapter if "prompt_adapter" in given else True
-    return replace(recipe, model=replace(recipe.model, num_prompts=count, fixed_prompts=True,
+    adapter = model.prompt_adapter if "prompt_adapter" in given else True
+    return replace(recipe, model=replace(model, num_prompts=count, fixed_prompts=True,
                                          prompt_adapter=adapter))
+
+
+def caption_length(recipe: Recipe) -> int:
+    """Tokens of a caption, of the backbone's own tokenizer; InputError if the recipe has none."""
+    if not has_captions(recipe):
+        raise InputError(f"--prompts {CAPTIONS}: {recipe.task} on {recipe.dataset} has none; the "
+                         "embedded scenes of seg and depth have")
+    if recipe.init != "pretrained" or recipe.init_from:
+        raise InputError(f"--prompts {CAPTIONS} is about a pretrained backbone, whose own text "
+                         "encoder reads them: leave out --init and --init-from")
+    return Tokenizer.from_pretrained(weights_of(recipe)).length
+
+
+def has_captions(recipe: Recipe) -> bool:
+    """Whether the data set knows a caption of each image."""
+    return recipe.dataset == "shapes" and recipe.task in ("seg", "depth")
 
 
 def read_prompts(path: Path, dim: int) -> Tensor:

@@ -2,7 +2,8 @@
 one of the authors' files is of.
 
 Both models are asked and trained alike.  VPD may read something beside the images, `text`: the
-number of the scene's type (depth), a sentence's states (refer); see `text_of`.
+number of the scene's type (depth), a sentence's states (refer); see `text_of`.  So does Table 5's
+comparison with captions (captions.py).
 """
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from model import Config, MetaPromptModel
 from ops.device import device_of
 from ops.errors import InputError, read_json
 from sets.nyu_kitti import SCENES
+from tasks import captions
+from tasks.captions import NO_CAPTION, CaptionConfig, CaptionModel
 from vpd.model import VPDConfig, VPDModel
 from vpd.prompts import IMAGENET, ONE, embed_names
 from vpd.text import TextReader
@@ -30,14 +33,23 @@ def method_of(config: Config | VPDConfig) -> str:
 
 def kind_of(config: Config | VPDConfig) -> type[nn.Module]:
     """The model's class."""
+    if isinstance(config, CaptionConfig):
+        return CaptionModel
     return VPDModel if method_of(config) == "vpd" else MetaPromptModel
+
+
+def config_kind(values) -> type:
+    """The class of a config, by its JSON."""
+    values = values if isinstance(values, dict) else {}
+    if values.get("caption_prompts") is True:
+        return CaptionConfig
+    return VPDConfig if values.get("method") == "vpd" else Config
 
 
 def read_config(path: Path) -> Config | VPDConfig:
     """config.json of either method; InputError naming the field that is wrong."""
-    values = read_json(path)
-    is_vpd = isinstance(values, dict) and values.get("method") == "vpd"
-    return (vpd if is_vpd else meta_prompts).read_config(path)
+    readers = {VPDConfig: vpd, CaptionConfig: captions, Config: meta_prompts}
+    return readers[config_kind(read_json(path))].read_config(path)
 
 
 def load(folder: Path) -> MetaPromptModel | VPDModel:
@@ -88,9 +100,11 @@ def new_vpd(config: VPDConfig, names: tuple[str, ...], source: str,
 
 
 def with_reader(model: nn.Module, source: str) -> nn.Module:
-    """The model; one of task refer gets what turns sentences into states, from `source`."""
-    if model.config.task == "refer":
-        model.reader = TextReader.from_pretrained(source, model.config.num_tokens)
+    """The model; one that reads sentences gets what turns them into states, from `source`."""
+    config, reads_captions = model.config, isinstance(model, CaptionModel)
+    if config.task == "refer" or reads_captions:
+        length = config.num_prompts if reads_captions else config.num_tokens
+        model.reader = TextReader.from_pretrained(source, length)
         model.reader.encoder.to(device_of(model))
     return model
 
@@ -99,9 +113,13 @@ def text_of(model: nn.Module, samples: dict) -> Tensor | None:
     """What the model reads beside the images of a batch; None if nothing.
 
     A scene's type is told by the image's name, as in the official code; if one can't be told, the
-    batch is read with the mean of all types.
+    batch is read with the mean of all types.  InputError if a caption is missing.
     """
     config = model.config
+    if isinstance(config, CaptionConfig):
+        if "caption" not in samples:
+            raise InputError(NO_CAPTION)
+        return model.reader(samples["caption"])
     if config.task == "refer":
         return model.reader(samples["sentence"])
     if method_of(config) == "meta-prompts" or config.task == "seg":

@@ -17,7 +17,7 @@ from sets.embedded import DepthScenes, PoseScenes, ReferScenes, Scenes
 from sets.nyu_kitti import DepthFolder, Kitti, Nyu
 from sets.refcoco import RefCoco, RefCocoG, RefCocoPlus, ReferFolder
 from tasks import depth, pose, refer, seg
-from tasks.methods import METHODS, method_of
+from tasks.methods import METHODS, config_kind, method_of
 from unet import UNetConfig
 from vae import VAEConfig
 from vpd.model import VPDConfig
@@ -36,7 +36,7 @@ class Recipe:
     backbone: str = SD15  # hub id, folder, .safetensors; "tiny": our own, weights/tiny-sd
     init: str = "pretrained"  # "random-unet": its encoder only; "random": neither, both are trained
     init_from: str | None = None  # run to start from, for a second stage (Mapillary -> Cityscapes)
-    prompts: str | None = None  # .safetensors of one tensor (N, D): fixed text embeddings (Table 5)
+    prompts: str | None = None  # Table 5: a .safetensors, one (N, D) of text embeddings; "captions"
     scene_types: str | None = None  # of VPD's depth: a file, one per line; none: NYU v2's 27
 
     iterations: int = 80_000  # optimiser steps; paper Table 2
@@ -280,7 +280,8 @@ def read_recipe(path: Path) -> Recipe:
                          f"{dataset!r:.40}, are no row of tasks/recipes.py")
     row, nested = rows[task, dataset], {}
     for name in ("files", "model", "protocol"):
-        nested[name] = from_dict(type(getattr(row, name)), values.get(name), f"{path}: {name}")
+        kind = config_kind(values.get(name)) if name == "model" else type(getattr(row, name))
+        nested[name] = from_dict(kind, values.get(name), f"{path}: {name}")
     recipe = from_dict(Recipe, {**values, **nested}, str(path))
     check(recipe)
     return recipe

@@ -6,6 +6,7 @@ images; intersections and unions are summed over the whole set.
 """
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ops.device import autocast, device_of, to_batch
 from ops.errors import InputError, printable
 from sets.files import IGNORE, Classes, relative_names
 from tasks.common import SMALLEST, batches, bounded, merged
+from tasks.methods import text_of
 
 METRIC = ("mIoU", 1)
 TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # official: configs/cityscapes_ms.py
@@ -179,7 +181,9 @@ def evaluate(model: MetaPromptModel, dataset, protocol: Protocol, dtype: torch.d
     counts = torch.zeros(num_classes, num_classes, dtype=torch.long, device=device)
     rows, places = [], relative_names(dataset.names()) if export is not None else {}
     for batch, images, target, drawn in batches(dataset, protocol.at_once, workers, device):
-        probs = predict(model, images, target.shape[-2:], protocol, dtype)
+        text = text_of(model, batch)
+        ask = model if text is None else partial(model, text=text)
+        probs = predict(ask, images, target.shape[-2:], protocol, dtype)
         prediction = probs.argmax(dim=1)
         counts += confusion(prediction, target, num_classes)
         if export is not None:

@@ -1,6 +1,6 @@
 """The paper's ablations (Table 5) in one command: every variant with several seeds, one table.
 
-    python -m tools.ablate --task seg                    embedded scenes, 12 variants x 3 seeds
+    python -m tools.ablate --task seg                    embedded scenes, 13 variants x 3 seeds
     python -m tools.ablate --task depth --iterations 60 --seeds 2
     python -m tools.ablate --task seg --variants no-rearrangement static-timestep
 
@@ -26,7 +26,8 @@ from ops import draw, parallel
 from ops.errors import InputError, run_command
 from ops.settings import checked, fits, leaves
 from tasks import TASKS
-from tasks.flags import Parser, finish, read_prompts, resolve, with_flags
+from tasks.captions import CAPTIONS
+from tasks.flags import Parser, finish, has_captions, read_prompts, resolve, with_flags
 from tasks.recipes import Recipe, read_recipe, weights_of
 from train import train
 from vpd.prompts import ONE, embed_names
@@ -54,6 +55,10 @@ VARIANTS = (
             {"prompts": PROMPTS, "prompt_adapter": True}, ("83.6", "0.258"),
             "label-prompts: \"a photo of a NAME\" through the backbone's own text encoder, one "
             "prompt per class of the data set."),
+    Variant("caption-prompts", "the image's caption, adapter trained",
+            {"prompts": CAPTIONS, "prompt_adapter": True}, ("83.4", "0.225"),
+            "caption-prompts: the states of all tokens of a true caption, which says nothing of "
+            "left and right, by the backbone's own text encoder; N is their number."),
     Variant("fixed-prompts", "random orthogonal, adapter trained",
             {"prompts": PROMPTS, "prompt_adapter": True},
             note="fixed-prompts: ours, what a fixed prompt is worth that means nothing."),
@@ -76,7 +81,8 @@ VARIANTS = (
 )
 VERDICT = ("verdict: vs baseline is the mean difference over common seeds, 95 % its interval; if "
            "that holds 0, nothing is decided. std: standard deviation over the seeds.")
-PRETRAINED = ("label-prompts", "random-unet", "trained-encoder")  # need --init pretrained
+# Those that need --init pretrained.
+PRETRAINED = ("label-prompts", "caption-prompts", "random-unet", "trained-encoder")
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; 2.0 beyond.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 FREE = ("out", "prompts", "device", "workers")  # may change between calls: places, not settings
@@ -112,6 +118,8 @@ def choose(base: Recipe, names: list[str] | None) -> list[Variant]:
         known = [v for v in known if v.name not in PRETRAINED]
     if not hasattr(base.files, "classes"):               # nothing has a name in it
         known = [v for v in known if v.name != "label-prompts"]
+    if not has_captions(base):
+        known = [v for v in known if v.name != "caption-prompts"]
     unknown = sorted({*(names or ())} - {v.name for v in known})
     if unknown:
         raise InputError(f"--variants {unknown[0]}: choose from "
@@ -125,7 +133,7 @@ def run_recipe(base: Recipe, variant: Variant, seed: int) -> Recipe:
     """
     folder = Path(base.out) / f"{variant.name}-seed{seed}"
     recipe = replace(with_flags(base, variant.changes), seed=seed, out=str(folder))
-    if recipe.prompts:
+    if recipe.prompts == PROMPTS:
         recipe = replace(recipe, prompts=str(folder / PROMPTS))
         write_prompts(recipe, variant, seed)
     recipe = finish(recipe, variant.changes)

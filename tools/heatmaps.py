@@ -25,6 +25,7 @@ from ops.device import autocast, cast_weights, device_of, pick_device, pick_prec
 from ops.errors import InputError, run_command
 from sets.files import load_image, output_names
 from tasks import TASKS
+from tasks.captions import CaptionConfig
 from tasks.flags import Parser
 
 PROMPTS = 6  # drawn unless said otherwise
@@ -49,8 +50,9 @@ def main() -> None:
     flags = ["--checkpoint", chosen.checkpoint, "--image", chosen.image, *rest]
     flags += [] if chosen.out is None else ["--out", chosen.out]
     args, recipe, model, source = evaluation.load(flags)
-    if recipe.method == "vpd":
-        raise InputError(f"{source} is a model of VPD, which has no learned prompts to map")
+    if recipe.method == "vpd" or isinstance(recipe.model, CaptionConfig):
+        kind = "VPD" if recipe.method == "vpd" else "captions"
+        raise InputError(f"{source} is a model of {kind}, which has no learned prompts to map")
     wanted = parse(chosen.prompts, model.config)         # refused before any prediction
     device = pick_device(args.device)
     dtype = pick_precision(args.precision or "auto", device)

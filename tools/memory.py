@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ops.device import autocast, pick_device, pick_precision
 from ops.errors import InputError, run_command
+from tasks.captions import CaptionConfig
 from tasks.flags import Parser, resolve
 from tasks.methods import kind_of
 from tasks.recipes import Recipe
@@ -113,8 +114,10 @@ def fake_target(config, images: tuple[int, ...]) -> torch.Tensor:
 
 def fake_text(config, B: int) -> list[torch.Tensor]:
     """What the model reads beside B images."""
-    return [torch.zeros(B, config.num_tokens, config.unet.context_dim)] \
-        if config.task == "refer" else []
+    if config.task == "refer":
+        return [torch.zeros(B, config.num_tokens, config.unet.context_dim)]
+    return [torch.zeros(B, config.num_prompts, config.unet.context_dim)] \
+        if isinstance(config, CaptionConfig) else []
 
 
 def step_gb(recipe: Recipe) -> float:
