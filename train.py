@@ -42,7 +42,7 @@ from sets.ade20k import read_names
 from sets.files import UNREADABLE_SHARE, check_outside
 from sets.nyu_kitti import SCENES
 from tasks import TASKS, depth, methods
-from tasks.captions import CAPTIONS
+from tasks.captioned import CAPTIONS
 from tasks.flags import read_prompts, resolve
 from tasks.recipes import Recipe, check_model, lr_factor, read_recipe, weights_of
 from vae import VAEEncoder

@@ -1,4 +1,4 @@
-"""Begin a pretraining run with an exported model instead of random weights."""
+"""Read an exported model; begin a pretraining run with one instead of random weights."""
 import re
 import shutil
 from dataclasses import fields
@@ -26,16 +26,21 @@ def fill(module: nn.Module, config, loaded: nn.Module, where: str) -> None:
     module.load_state_dict(loaded.state_dict())
 
 
-def start_autoencoder(folder: str, model: Autoencoder) -> None:
-    """Give `model` the autoencoder of an exported folder; InputError if it is another one."""
+def read_autoencoder(folder: str, flag: str) -> Autoencoder:
+    """The autoencoder of an exported folder; InputError if it is no such folder."""
     if not Path(folder).is_dir():
-        raise InputError(f"--start {folder} is no folder: one that `export` wrote")
+        raise InputError(f"{flag} {folder} is no folder: one that `export` wrote")
     sizes = VAEEncoder.from_pretrained(folder).config
     values, path = find_files(folder, "vae")
     if (factor := read_object(values).get("scaling_factor")) != 1.0:
         raise InputError(f"{values}: scaling_factor is {factor}, `export` writes 1.0")
-    loaded = assemble(Autoencoder, sizes, read_tensors(path), path)
-    fill(model, sizes, loaded, f"{folder}/vae")
+    return assemble(Autoencoder, sizes, read_tensors(path), path)
+
+
+def start_autoencoder(folder: str, model: Autoencoder) -> None:
+    """Give `model` the autoencoder of an exported folder; InputError if it is another one."""
+    loaded = read_autoencoder(folder, "--start")
+    fill(model, loaded.config, loaded, f"{folder}/vae")
 
 
 def start_denoiser(folder: str, model: Denoiser) -> None:

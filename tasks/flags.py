@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ops.errors import InputError
 from ops.settings import checked, comments, leaves, with_leaves
-from tasks.captions import CAPTIONS, CaptionConfig
+from tasks.captioned import CAPTIONS, CaptionConfig
 from tasks.recipes import ROWS, Recipe, check, find_recipe, read_recipe, tiny, weights_of
 from vpd.text import Tokenizer
 from weights.files import read_tensors

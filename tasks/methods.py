@@ -3,7 +3,7 @@ one of the authors' files is of.
 
 Both models are asked and trained alike.  VPD may read something beside the images, `text`: the
 number of the scene's type (depth), a sentence's states (refer); see `text_of`.  So does Table 5's
-comparison with captions (captions.py).
+comparison with captions (captioned.py).
 """
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,8 @@ from model import Config, MetaPromptModel
 from ops.device import device_of
 from ops.errors import InputError, read_json
 from sets.nyu_kitti import SCENES
-from tasks import captions
-from tasks.captions import NO_CAPTION, CaptionConfig, CaptionModel
+from tasks import captioned
+from tasks.captioned import NO_CAPTION, CaptionConfig, CaptionModel
 from vpd.model import VPDConfig, VPDModel
 from vpd.prompts import IMAGENET, ONE, embed_names
 from vpd.text import TextReader
@@ -48,7 +48,7 @@ def config_kind(values) -> type:
 
 def read_config(path: Path) -> Config | VPDConfig:
     """config.json of either method; InputError naming the field that is wrong."""
-    readers = {VPDConfig: vpd, CaptionConfig: captions, Config: meta_prompts}
+    readers = {VPDConfig: vpd, CaptionConfig: captioned, Config: meta_prompts}
     return readers[config_kind(read_json(path))].read_config(path)
 
 

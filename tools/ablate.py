@@ -26,7 +26,7 @@ from ops import draw, parallel
 from ops.errors import InputError, run_command
 from ops.settings import checked, fits, leaves
 from tasks import TASKS
-from tasks.captions import CAPTIONS
+from tasks.captioned import CAPTIONS
 from tasks.flags import Parser, finish, has_captions, read_prompts, resolve, with_flags
 from tasks.recipes import Recipe, read_recipe, weights_of
 from train import train

@@ -25,7 +25,7 @@ from ops.device import autocast, cast_weights, device_of, pick_device, pick_prec
 from ops.errors import InputError, run_command
 from sets.files import load_image, output_names
 from tasks import TASKS
-from tasks.captions import CaptionConfig
+from tasks.captioned import CaptionConfig
 from tasks.flags import Parser
 
 PROMPTS = 6  # drawn unless said otherwise

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ops.device import autocast, pick_device, pick_precision
 from ops.errors import InputError, run_command
-from tasks.captions import CaptionConfig
+from tasks.captioned import CaptionConfig
 from tasks.flags import Parser, resolve
 from tasks.methods import kind_of
 from tasks.recipes import Recipe
