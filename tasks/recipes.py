@@ -36,7 +36,7 @@ class Recipe:
     backbone: str = SD15  # hub id, folder, .safetensors; "tiny": our own, weights/tiny-sd
     init: str = "pretrained"  # "random-unet": its encoder only; "random": neither, both are trained
     init_from: str | None = None  # run to start from, for a second stage (Mapillary -> Cityscapes)
-    prompts: str | None = None  # Table 5: a .safetensors, one (N, D) of text embeddings; "captions"
+    prompts: str | None = None  # .safetensors of one (N, D), fixed text embeddings; or "captions"
     scene_types: str | None = None  # of VPD's depth: a file, one per line; none: NYU v2's 27
 
     iterations: int = 80_000  # optimiser steps; paper Table 2

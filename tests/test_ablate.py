@@ -14,11 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from model import Config
 from ops import draw
 from ops.errors import InputError
 from sets import shapes
+from tasks.captioned import CaptionConfig
 from tasks.flags import resolve
-from tasks.recipes import RECIPES
+from tasks.recipes import RECIPES, read_recipe
 from tools import ablate
 from vpd.text import TextEncoder, Tokenizer
 from weights.files import TINY_SD
@@ -225,15 +227,37 @@ def test_the_table_holds_what_earlier_commands_finished(tmp_path, monkeypatch, c
         ablate.run_recipe(more, VARIANTS["fixed-prompts"], 5)
 
 
-def test_label_prompts_are_the_class_names_embeddings(tmp_path):
-    """Seven names through the text encoder of weights/tiny-sd, in their order, fixed."""
-    base = resolve(["--out", str(tmp_path)])[0]
+@pytest.mark.parametrize("task", ["seg", "depth"])
+def test_label_prompts_are_the_class_names_embeddings(tmp_path, task):
+    """Seven names through the text encoder of weights/tiny-sd, in their order, fixed, the same in
+    every pass; the renderer knows them of depth's scenes, too."""
+    base = resolve(["--task", task, "--refine-steps", "2", "--out", str(tmp_path)])[0]
     made = ablate.run_recipe(base, VARIANTS["label-prompts"], 0)
     assert (made.model.num_prompts, made.model.fixed_prompts) == (7, True)
     rows = load_file(made.prompts)["prompts"]
     tokenizer, encoder = (kind.from_pretrained(str(TINY_SD)) for kind in (Tokenizer, TextEncoder))
     for row, name in zip(rows, shapes.CLASSES, strict=True):
         assert torch.allclose(row, encoder(tokenizer([f"a photo of a {name}"]))[1][0], atol=1e-5)
+    model = train.build_model(made, shapes.CLASSES)
+    assert all(torch.equal(prompts, rows) for prompts in model.prompts)
+    assert not model.prompts.requires_grad and model.adapters[-1][0].weight.requires_grad
+
+
+@pytest.mark.parametrize("task", ["seg", "depth"])
+def test_caption_prompts_are_read_per_image(tmp_path, task):
+    """The variant's model is the one that reads captions, all else as the baseline's recipe; the
+    recipes of other variants have no new field, so that runs of older versions are found."""
+    base = resolve(["--task", task, "--out", str(tmp_path)])[0]
+    made, plain = (ablate.run_recipe(base, VARIANTS[name], 0)
+                   for name in ("caption-prompts", "baseline"))
+    assert type(made.model) is CaptionConfig and made.prompts == "captions"
+    changed = {"caption_prompts", "num_prompts", "prompt_adapter", "fixed_prompts"}
+    assert {k: v for k, v in vars(made.model).items() if k not in changed} \
+        == {k: v for k, v in vars(plain.model).items() if k not in changed}
+    assert type(plain.model) is Config and not list(tmp_path.iterdir())
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(asdict(made)))
+    assert read_recipe(path) == made
 
 
 def test_what_needs_pretrained_weights_is_left_out_without(tmp_path):
@@ -242,6 +266,7 @@ def test_what_needs_pretrained_weights_is_left_out_without(tmp_path):
     assert not set(ablate.PRETRAINED) & set(names) and "passes-1" in names
     people = [v.name for v in ablate.choose(resolve(["--task", "pose", "--out", "x"])[0], None)]
     assert "random-unet" in people and "trained-encoder" in people
+    assert "caption-prompts" not in people
 
 
 @pytest.mark.parametrize("name, task, passes, differences, expected", [

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
-from sets.captions import MAX_WORDS, VISIBLE, captions, colour_name, count_words
+from sets.captions import (MAX_WORDS, VISIBLE, captions, colour_name, count_words,
+                           without_sides)
 from sets.shapes import CLASSES, render, render_world
 from pretraining.bpe import save_tokenizer
 from vpd.text import Tokenizer
@@ -72,6 +73,22 @@ def test_places_are_where_the_pixels_are(rows):
                 assert any((x < 0.4) if side == "left" else (x > 0.6) for x in columns), text
                 checked += 1
     assert checked > 40
+
+
+def test_without_sides_a_caption_is_true_of_the_mirror_image(rows):
+    """It speaks of no side; the things it names, and whatever else it says, are still there."""
+    gone, changed = {"left", "right", "on", "the", "facing", "of", "and"}, 0
+    for _, _, texts in rows:
+        for text in texts:
+            words, short = (re.findall(r"\w+", t) for t in (text, without_sides(text)))
+            assert not {"left", "right"} & {*short}, text
+            assert [w for w in short if w not in gone] == [w for w in words if w not in gone], text
+            changed += short != words
+    assert changed > 200
+    assert without_sides("a red box left of a person facing right with an arm up") \
+        == "a red box and a person with an arm up"
+    assert without_sides("a ball on the left, a cone in the middle and a box nearby") \
+        == "a ball, a cone in the middle and a box nearby"
 
 
 def test_colours_are_those_of_the_pixels(rows):

@@ -128,6 +128,8 @@ PROGRAMS = {  # script or module -> (flags to append, what it must print)
     "tools.ablate": (lambda words, key: train_settings(words, key) + ["--seeds", "1"],
                      r"^wrote (runs/\S+)/ \("),
     "tools.heatmaps": (no_settings, r"^wrote ([^\s:]+): .*prompts.png$"),
+    "tools.judge": (lambda words, key: ["--captions", "2", "--sample-steps", "1"],
+                    r"^wrote ([^\s:]+)/: captions.json"),
     "tools.prompts": (lambda words, key: [], r"^wrote (\S+): \d+ names, \d+ wide"),
     "tools.memory": (lambda words, key: ["--backbone", "tiny", "--crop", "64", "--device", "cpu"],
                      r"^about .* GB|^fits .*--micro-batch \d+$"),

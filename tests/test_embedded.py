@@ -17,6 +17,7 @@ import train
 from ops import udp
 from ops.errors import run_command
 from sets import embedded, shapes
+from sets.captions import captions, without_sides
 from sets.embedded import (VAL_SEED, DepthScenes, PoseScenes, ReferScenes, Scenes, Shapes,
                            ShapesPose, scene_seed)
 from sets.files import Cut
@@ -53,6 +54,18 @@ def test_sample():
     torch.testing.assert_close(sample["image"], image)
     assert torch.equal(sample["target"], torch.from_numpy(scene.label).long())
     assert len(dataset) == 7
+
+
+@pytest.mark.parametrize("task, lens", [("seg", None), ("depth", embedded.DEPTH_LENS)])
+def test_a_caption_comes_where_it_is_asked_for(task, lens):
+    """It is the scene's own, as it is cut, without its sides; image and target are the same."""
+    plain, asked = cut(seed=2), replace(cut(seed=2), captions=True)
+    before, after = (Shapes(7, task, each)[3, 4] for each in (plain, asked))
+    seed = scene_seed((3, 4), 7, plain)
+    own = captions(*shapes.render_world(seed, 64, 64, lens), seed)[0]
+    assert after.pop("caption") == without_sides(own)
+    assert before.keys() == after.keys() == {"image", "target", "name"}
+    assert all(torch.equal(before[name], after[name]) for name in ("image", "target"))
 
 
 def test_depth_is_taken_by_one_camera():
