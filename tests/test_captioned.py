@@ -167,9 +167,10 @@ def test_a_run_evaluates_and_refuses_pictures(run, tmp_path, monkeypatch, capsys
         assert code == 2 and message in stderr and stderr.strip().count("\n") == 0, stderr
 
 
-def test_memory_is_estimated(run):
-    """A step on a batch of captions has a peak."""
-    assert memory.step_gb(replace(run[0], device="cpu")) > memory.OTHER_GB
+def test_memory_is_estimated_with_captions(model, batch):
+    """The estimate's stand-in for text is what the model reads."""
+    text, = memory.fake_text(model.config, 2)
+    assert text.shape == batch[1].shape and memory.fake_text(Config(**SIZES), 2) == []
 
 
 @pytest.mark.parametrize("flags, message", [

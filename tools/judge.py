@@ -164,8 +164,9 @@ def shares(texts: list[str], labels: dict[str, Tensor]) -> dict:
 
 def seen(labels: Tensor) -> set[str]:
     """The classes of objects that cover enough of a label map (H, W)."""
-    areas = torch.bincount(labels.flatten(), minlength=len(CLASSES)) / labels.numel()
-    return {name for name, area in zip(CLASSES, areas.tolist()) if area >= VISIBLE} & {*OBJECTS}
+    counts = torch.bincount(labels.flatten(), minlength=len(CLASSES)).tolist()
+    least = VISIBLE * labels.numel()
+    return {name for name, pixels in zip(CLASSES, counts) if pixels >= least} & {*OBJECTS}
 
 
 def report(figures: dict) -> None:
