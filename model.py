@@ -200,13 +200,15 @@ class MetaPromptModel(nn.Module):
                 for (scale, decay), params in groups.items()]
 
     @classmethod
-    def from_stable_diffusion(cls, config: Config, source: str = SD15) -> "MetaPromptModel":
+    def from_stable_diffusion(cls, config: Config, source: str = SD15,
+                              unet: str | None = None) -> "MetaPromptModel":
         """A new model on pretrained weights: hub id, local folder or single LDM file.
 
+        `unet`: where its UNet is, if elsewhere (CleanDIFT's, a fine-tuned one).
         `config.unet` and `config.vae` are replaced by the files'.  Raises InputError.
         """
         encoder = VAEEncoder.from_pretrained(source)
-        backbone = UNet.from_pretrained(source, config.unet.num_heads)
+        backbone = UNet.from_pretrained(unet or source, config.unet.num_heads)
         return cls(replace(config, unet=backbone.config, vae=encoder.config), encoder, backbone)
 
     @classmethod

@@ -44,7 +44,7 @@ from sets.nyu_kitti import SCENES
 from tasks import TASKS, depth, methods
 from tasks.captioned import CAPTIONS
 from tasks.flags import read_prompts, resolve
-from tasks.recipes import Recipe, check_model, lr_factor, read_recipe, weights_of
+from tasks.recipes import Recipe, backbone_of, check_model, lr_factor, read_recipe, weights_of
 from vae import VAEEncoder
 from weights import checkpoint
 from weights.checkpoint import State
@@ -170,8 +170,9 @@ def build_model(recipe: Recipe, names: tuple[str, ...]) -> MetaPromptModel:
     if recipe.method == "vpd":
         prompts = recipe.prompts and read_prompts(Path(recipe.prompts),
                                                   recipe.model.unet.context_dim)
-        print(f"backbone   {recipe.backbone}: pretrained, VAE encoder frozen; VPD")
-        return methods.new_vpd(recipe.model, names, weights_of(recipe), prompts).train()
+        print(f"backbone   {backbone_of(recipe)}; VPD")
+        return methods.new_vpd(recipe.model, names, weights_of(recipe), prompts,
+                               recipe.unet).train()
     config = replace(recipe.model, num_classes=len(names), class_names=names)
     if recipe.init_from:
         model = second_stage(recipe, config)
@@ -184,8 +185,9 @@ def build_model(recipe: Recipe, names: tuple[str, ...]) -> MetaPromptModel:
         model = MetaPromptModel(replace(config, unet=unet, vae=encoder.config), encoder)
         print(f"backbone   RANDOM UNet; VAE encoder of {recipe.backbone}, frozen")
     else:
-        model = methods.kind_of(config).from_stable_diffusion(config, weights_of(recipe))
-        print(f"backbone   {recipe.backbone}: pretrained, VAE encoder frozen")
+        model = methods.kind_of(config).from_stable_diffusion(config, weights_of(recipe),
+                                                              recipe.unet)
+        print(f"backbone   {backbone_of(recipe)}")
     if recipe.prompts not in (None, CAPTIONS):
         prompts = read_prompts(Path(recipe.prompts), model.config.unet.context_dim)
         model.prompts.data.copy_(prompts)                # (N, D) -> (1 or T, N, D)

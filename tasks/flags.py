@@ -228,7 +228,8 @@ def check_idle(recipe: Recipe, given: dict, tta: bool = False, pictures: bool = 
     widths = [name for name in given if name.startswith(("unet_c", "unet_g", "unet_la", "vae_"))]
     of_encoder = [name for name in widths if name.startswith(("vae_", "unet_latent"))]
     unread = recipe.init == "random" or recipe.init_from is not None
-    configured = recipe.init == "pretrained" and not Path(recipe.backbone).expanduser().is_file()
+    configured = recipe.init == "pretrained" \
+        and not Path(recipe.unet or recipe.backbone).expanduser().is_file()
     idle = [(("min_lr",), recipe.schedule != "two-phase", f"--schedule {recipe.schedule}"),
             (("warmup", "warmup_ratio"), recipe.schedule in ("two-phase", "power"),
              f"--schedule {recipe.schedule}"),
@@ -240,6 +241,8 @@ def check_idle(recipe: Recipe, given: dict, tta: bool = False, pictures: bool = 
             (("unet_num_heads",), configured, "pretrained weights, whose config.json says it"),
             (("backbone",), unread and recipe.backbone != "tiny",
              "--init-from, or --init random: no file of it is read"),
+            (("unet",), recipe.init != "pretrained" or recipe.init_from is not None,
+             "--init random, random-unet or --init-from: no other UNet is read"),
             (("init",), recipe.init_from is not None and recipe.init == "random-unet",
              "--init-from, whose UNet is taken"),
             (("box", "max_depth_eval"), pictures, "--image, which has no truth"),

@@ -83,10 +83,10 @@ def load_official(path: Path, config: Config | VPDConfig) -> MetaPromptModel | V
 # ------------------------------------------------------------------------------------------------
 # VPD's words
 
-def new_vpd(config: VPDConfig, names: tuple[str, ...], source: str,
-            embeddings: Tensor | None) -> VPDModel:
-    """A new model on the pretrained weights of `source`, prompted with `names`: classes (seg) or
-    types of scenes (depth).
+def new_vpd(config: VPDConfig, names: tuple[str, ...], source: str, embeddings: Tensor | None,
+            unet: str | None) -> VPDModel:
+    """A new model on the pretrained weights of `source`, its UNet of `unet` if that is given,
+    prompted with `names`: classes (seg) or types of scenes (depth).
 
     Their embeddings (N, D) are the source's own text encoder's, as the released ones are made,
     unless they are given.  They are saved with the model, which needs no text encoder any more.
@@ -96,7 +96,7 @@ def new_vpd(config: VPDConfig, names: tuple[str, ...], source: str,
         if embeddings is None:
             templates = ONE if config.task == "seg" else IMAGENET
             embeddings = embed_names(names, templates, source)
-    return VPDModel.from_stable_diffusion(config, source, embeddings)
+    return VPDModel.from_stable_diffusion(config, source, embeddings, unet)
 
 
 def with_reader(model: nn.Module, source: str) -> nn.Module:

@@ -34,6 +34,7 @@ class Recipe:
     protocol: object = seg.Protocol((2048, 512), 512, 341)  # how it is asked: of tasks/
 
     backbone: str = SD15  # hub id, folder, .safetensors; "tiny": our own, weights/tiny-sd
+    unet: str | None = None  # its UNet from elsewhere: hub id, folder, .safetensors (CleanDIFT's)
     init: str = "pretrained"  # "random-unet": its encoder only; "random": neither, both are trained
     init_from: str | None = None  # run to start from, for a second stage (Mapillary -> Cityscapes)
     prompts: str | None = None  # .safetensors of one (N, D), fixed text embeddings; or "captions"
@@ -238,6 +239,12 @@ def weights_of(recipe: Recipe) -> str:
     return str(TINY_SD) if recipe.backbone == "tiny" else recipe.backbone
 
 
+def backbone_of(recipe: Recipe) -> str:
+    """The pretrained backbone, in words."""
+    unet = f"UNet of {recipe.unet}, " if recipe.unet else ""
+    return f"{recipe.backbone}: pretrained, {unet}VAE encoder frozen"
+
+
 def check(recipe: Recipe) -> None:
     """InputError if settings that are possible one by one can't work together."""
     if recipe.task == "seg" and recipe.micro_batch < 2:
@@ -282,6 +289,7 @@ def read_recipe(path: Path) -> Recipe:
     for name in ("files", "model", "protocol"):
         kind = config_kind(values.get(name)) if name == "model" else type(getattr(row, name))
         nested[name] = from_dict(kind, values.get(name), f"{path}: {name}")
+    values = {"unet": None, **values}                    # which older runs do not tell
     recipe = from_dict(Recipe, {**values, **nested}, str(path))
     check(recipe)
     return recipe

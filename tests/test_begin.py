@@ -14,7 +14,8 @@ import train
 from model import MetaPromptModel
 from ops.errors import InputError
 from tasks.flags import resolve
-from tasks.recipes import read_recipe
+from tasks.recipes import TINY_UNET, read_recipe
+from unet import UNet
 from weights import checkpoint
 from weights.files import TINY_SD
 
@@ -34,6 +35,25 @@ def test_the_default_backbone_is_our_own_stable_diffusion(tmp_path, init):
         tensors = load_file(TINY_SD / part / "diffusion_pytorch_model.safetensors")
         found = getattr(model, part).state_dict()
         assert all(torch.equal(v, tensors[k].float()) for k, v in found.items()) == own, part
+
+
+@pytest.mark.parametrize("method", ["meta-prompts", "vpd"])
+def test_the_unet_may_come_from_elsewhere(tmp_path, capsys, method):
+    """--unet FILE: its tensors, half precision widened, beside the encoder of the backbone."""
+    unet = UNet(replace(TINY_UNET, groups=32)).half()                     # SD1.5's, where none says
+    save_file(unet.state_dict(), tmp_path / "unet.safetensors")
+    made = resolve(["--method", method, "--unet", str(tmp_path / "unet.safetensors"),
+                    "--unet-num-heads", "2", "--out", str(tmp_path / "r")])[0]
+    model = train.build_model(made, ("a", "b"))
+    assert f"tiny: pretrained, UNet of {tmp_path}/unet.safetensors, VAE" in capsys.readouterr().out
+    assert model.config.unet == unet.config == model.unet.config
+    encoder = load_file(TINY_SD / "vae" / "diffusion_pytorch_model.safetensors")
+    for part, tensors in (("unet", unet.state_dict()), ("vae", encoder)):
+        found = getattr(model, part).state_dict()
+        assert all(torch.equal(v, tensors[k].float()) for k, v in found.items()), part
+    save_file(UNet(replace(unet.config, latent_channels=4)).state_dict(), made.unet)
+    with pytest.raises(InputError, match="the VAE gives 8 latent channels, the UNet reads 4"):
+        train.build_model(made, ("a", "b"))
 
 
 # ------------------------------------------------------------------------------------------------

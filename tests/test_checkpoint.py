@@ -213,6 +213,7 @@ def test_torn_folders_are_no_checkpoint(tmp_path, stepped):
 @pytest.mark.parametrize("changes, licence", [
     ({"backbone": "tiny"}, "mit"), ({"init": "random"}, "mit"), ({}, "creativeml-openrail-m"),
     ({"backbone": "tiny", "init_from": "/home/me/first"}, "creativeml-openrail-m"),
+    ({"backbone": "tiny", "unet": "/home"}, "creativeml-openrail-m"),
     ({"backbone": "."}, "creativeml-openrail-m")])
 def test_the_card_has_the_licence_of_its_weights_and_no_path(changes, licence):
     """Stable Diffusion's licence passes on; folders of the machine stay at home; scalars only."""

@@ -46,6 +46,26 @@ def test_a_single_ldm_file_loads_without_config(unet_folder, tmp_path):
     assert all(torch.equal(v, tensors[k]) for k, v in unet.state_dict().items())
 
 
+def test_a_unet_alone_loads_from_one_file_or_its_own_folder(unet_folder, tmp_path):
+    """Named as diffusers names it, in half precision and without a config, as CleanDIFT's; or with
+    one, as diffusers' save_pretrained writes a UNet.  It has no encoder, and is strict, too."""
+    _, tensors = tensors_of(unet_folder)
+    file = tmp_path / "cleandift_sd15_unet.safetensors"
+    save_file({k: v.half() for k, v in tensors.items()}, file)
+    unet = UNet.from_pretrained(str(file))
+    assert unet.config == UNetConfig(LEVELS, context_dim=48)
+    assert all(torch.equal(v, tensors[k].half().float()) for k, v in unet.state_dict().items())
+    with pytest.raises(InputError, match=r"holds no tensor named first_stage_model\.\*"):
+        files.read_part(str(file), "vae")
+    unet = UNet.from_pretrained(str(unet_folder / "unet"))
+    assert all(torch.equal(v, tensors[k]) for k, v in unet.state_dict().items())
+    with pytest.raises(InputError, match="holds no diffusion_pytorch_model"):
+        files.find_files(str(unet_folder / "unet"), "vae")
+    save_file({**tensors, "lora.up": torch.zeros(2)}, file)
+    with pytest.raises(InputError, match=r"cleandift.*unknown tensor lora\.up"):
+        UNet.from_pretrained(str(file))
+
+
 def test_missing_extra_and_misshapen_tensors_are_refused_by_name(unet_folder):
     """Loading is strict: the message names the file, the tensor and both shapes."""
     path, tensors = tensors_of(unet_folder)

@@ -155,6 +155,10 @@ PRETRAINED = ["--dataset", "ade20k", "--data", "x"]
     ([*PRETRAINED, "--unet-num-heads", "4"], "pretrained weights, whose config.json says it"),
     (["--init-from", "x", "--backbone", "x"], "--backbone would do nothing: the recipe has --in"),
     (["--init", "random", "--backbone", "x"], "--backbone would do nothing"),
+    (["--init", "random", "--unet", "x"], "--unet would do nothing: the recipe has --init random"),
+    (["--init", "random-unet", "--unet", "x"], "no other UNet is read"),
+    (["--init-from", "x", "--unet", "x"], "no other UNet is read"),
+    (["--unet-num-heads", "2", "--unet", "owner/name"], "whose config.json says it"),
     (["--init-from", "x", "--init", "random-unet"], "--init would do nothing"),
     (["--init", "random-unet", "--vae-groups", "8"], "a pretrained encoder, whose files say it")])
 def test_idle_flags_are_refused(flags, why, monkeypatch, capsys):

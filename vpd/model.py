@@ -196,14 +196,16 @@ class VPDModel(nn.Module):
 
     @classmethod
     def from_stable_diffusion(cls, config: VPDConfig, source: str = SD15,
-                              class_embeddings: Tensor | None = None) -> "VPDModel":
+                              class_embeddings: Tensor | None = None,
+                              unet: str | None = None) -> "VPDModel":
         """A new model on pretrained weights: hub id, local folder or single LDM file.
 
         seg and depth: class_embeddings (num_classes, D), a text encoder's pooled states.
+        `unet`: where its UNet is, if elsewhere (CleanDIFT's, a fine-tuned one).
         `config.unet` and `config.vae` are replaced by the files'.  Raises InputError.
         """
         encoder = VAEEncoder.from_pretrained(source)
-        backbone = UNet.from_pretrained(source, config.unet.num_heads)
+        backbone = UNet.from_pretrained(unet or source, config.unet.num_heads)
         config = replace(config, unet=backbone.config, vae=encoder.config)
         wanted = None if config.task == "refer" else (config.num_classes,
                                                       config.unet.context_dim)

@@ -162,12 +162,14 @@ PRIVATE = ("out", "files", "device", "init_from", "prompts",
 def model_card(recipe: dict, metrics: dict, step: int) -> str:
     """Text of the Hub's README.md: task, recipe without paths, metrics (scalars only), licence."""
     ours = recipe["backbone"] == "tiny" or recipe["init"] == "random"
-    licence, note = LICENCES[ours and not recipe.get("init_from")]  # whose backbone is not known
+    others = recipe.get("init_from") or recipe.get("unet")  # whose origin is not known
+    licence, note = LICENCES[ours and not others]
     tag, method, kind = METHODS[recipe["model"].get("method")]
     scalars = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
     shown = {k: v for k, v in recipe.items() if k not in PRIVATE}
-    if Path(shown["backbone"]).exists():
-        shown["backbone"] = "a local copy"
+    for name in ("backbone", "unet"):
+        if shown.get(name) and Path(shown[name]).expanduser().exists():
+            shown[name] = "a local copy"
     return CARD.format(tag=tag, method=method, kind=kind, task=recipe["model"]["task"],
                        dataset=recipe["dataset"], licence=licence, note=note, step=step,
                        metrics=scalars, recipe=json.dumps(shown, indent=2))

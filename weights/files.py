@@ -1,9 +1,10 @@
 """Weight files of Stable Diffusion 1.x: finding them, reading them, loading them strictly.
 
-Three layouts are read, all safetensors (pickles are refused):
+Four layouts are read, all safetensors (pickles are refused):
   * a Hugging Face repository id     only unet/ or vae/ of it is downloaded
   * a local Hugging Face folder      unet/config.json, unet/diffusion_pytorch_model.safetensors, ...
   * one single file in LDM naming    v1-5-pruned-emaonly.safetensors and its kin
+  * a UNet alone, as diffusers names it: its folder, or one file such as CleanDIFT's
 
 Our modules carry the Hugging Face parameter names, so those files load as they are.  LDM names
 (CompVis's code, hence also the authors' checkpoints) go through the tables in ldm.py.  Tensors stay
@@ -31,6 +32,7 @@ WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.
 LDM_PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of weights
 INTEGERS = (torch.int64,)  # of BatchNorm's counters
+BARE = "conv_in.weight"  # is in a file that holds a UNet and nothing else
 IGNORED = {"unet": (), "vae": ("decoder.", "post_quant_conv.")}  # not part of the method
 
 
@@ -41,16 +43,18 @@ def find_files(source: str, part: str) -> tuple[Path | None, Path]:
     """Paths of (config.json or None for a single file, weights) of `part` = "unet" or "vae".
 
     `source` is a local folder, a local .safetensors file or a Hugging Face repository id; a local
-    source touches no network.  Raises InputError naming what was looked for.
+    source touches no network.  A folder is a whole model's, or the UNet's own.  Raises InputError
+    naming what was looked for.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        for name in WEIGHT_FILES:
-            if (path / part / name).is_file():
-                config = path / part / "config.json"
-                if not config.is_file():
-                    raise InputError(f"{config} is missing: copy it next to {name}")
-                return config, path / part / name
+        for folder in (path / part, path) if part == "unet" else (path / part,):
+            for name in WEIGHT_FILES:
+                if (folder / name).is_file():
+                    config = folder / "config.json"
+                    if not config.is_file():
+                        raise InputError(f"{config} is missing: copy it next to {name}")
+                    return config, folder / name
         raise InputError(f"{path / part} holds no {WEIGHT_FILES[0]}: copy it there from {SD15}")
     if path.suffix in (".ckpt", ".pth", ".pt", ".bin"):
         raise InputError(f"{source} is a pickle, which can run code: get the .safetensors file")
@@ -105,13 +109,13 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 def read_part(source: str, part: str) -> tuple[dict[str, Tensor], dict, Path]:
     """(tensors by Hugging Face name, config.json as a dict, path read) of "unet" or "vae".
 
-    The config is empty for a single LDM file, whose widths must be read off its tensors.
+    The config is empty for a single file, whose widths must be read off its tensors.
     """
     config_path, path = find_files(source, part)
     if config_path is None:
-        tensors = {}
-        for name, tensor in read_tensors(path, LDM_PREFIX[part]).items():
-            tensors[hf_name(name, part) or name] = tensor
+        bare = part == "unet" and BARE in read_tensors(path)
+        found = read_tensors(path, "" if bare else LDM_PREFIX[part])
+        tensors = {hf_name(name, part) or name: tensor for name, tensor in found.items()}
     else:
         tensors = read_tensors(path)
     tensors = modern_vae_attention(tensors) if part == "vae" else tensors
