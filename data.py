@@ -20,15 +20,17 @@ Every random draw for a training sample comes from (seed, epoch, index): the sam
 on which worker makes it or when, which makes an interrupted run resumable to the bit.
 """
 import signal
+import time
 from itertools import groupby
 
 import numpy as np
 import torch
+from huggingface_hub.utils import tqdm
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ops import parallel
 from ops.errors import InputError
-from sets.files import Cut
+from sets.files import UNREADABLE_SHARE, Cut
 
 STAND_INS = 8  # samples tried in place of an unreadable one
 
@@ -110,6 +112,48 @@ def train_loader(dataset: Dataset, batch: int, seed: int, start: int, workers: i
     return DataLoader(Tolerant(dataset), worker_init_fn=ignore_interrupts,
                       batch_sampler=stream, num_workers=workers,
                       pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
+
+
+class Timed:
+    """Iterator over a loader that knows its rate, how long it kept the loop waiting, and which of
+    the set's `length` images could not be read: rates and images are those of all processes.
+
+    A batch has "text", what the model reads beside the images, or None.
+    """
+
+    def __init__(self, loader, length: int, text_of):
+        self.iterator, self.length, self.text_of = iter(loader), length, text_of
+        self.unreadable = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Measure from now on."""
+        self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+    def __next__(self):
+        start = time.perf_counter()
+        batch = next(self.iterator)
+        self.waited += time.perf_counter() - start
+        self.images += len(batch["image"]) * parallel.world()
+        for message in filter(None, sum(parallel.gather(batch["unreadable"]), [])):
+            self.skip(message)
+        return {**batch, "text": self.text_of(batch)}
+
+    def skip(self, message: str) -> None:
+        """Note an unreadable image; InputError when they are more than 1 % of the set."""
+        if message not in self.unreadable:
+            self.unreadable[message] = True              # a set that keeps its order
+            tqdm.write(f"skipped    {message}")
+        if len(self.unreadable) > UNREADABLE_SHARE * self.length:
+            raise InputError(f"{len(self.unreadable)} of {self.length} training images cannot be "
+                             f"read, more than 1 %; the last: {message}")
+
+    def rates(self) -> dict[str, float]:
+        """Images per second and share of the time spent waiting for data, since the last call."""
+        seconds = time.perf_counter() - self.start
+        rates = {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
+        self.restart()
+        return rates
 
 
 class Counted(Dataset):

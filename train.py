@@ -39,7 +39,7 @@ from ops.device import autocast, device_of, pick_device, pick_precision
 from ops.errors import InputError, run_command
 from ops.settings import leaves
 from sets.ade20k import read_names
-from sets.files import UNREADABLE_SHARE, check_outside
+from sets.files import check_outside
 from sets.nyu_kitti import SCENES
 from tasks import TASKS, depth, methods
 from tasks.captioned import CAPTIONS
@@ -90,9 +90,9 @@ def train(recipe: Recipe, resume: bool) -> dict:
         checkpoint.write_json(run / "recipe.json", asdict(recipe))
 
     done = state.step * parallel.accumulation(recipe.batch, recipe.micro_batch)
-    batches = Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed, done,
-                                      recipe.workers), len(train_set),
-                    partial(methods.text_of, model))
+    batches = data.Timed(data.train_loader(train_set, recipe.micro_batch, recipe.seed, done,
+                                           recipe.workers), len(train_set),
+                         partial(methods.text_of, model))
     with Stop() as stop:
         state = loop(recipe, model, optimizer, state, batches, val_set, dtype, stop)
     if batches.unreadable and parallel.rank() == 0:
@@ -355,48 +355,6 @@ def validate(recipe: Recipe, model: MetaPromptModel, val_set, dtype: torch.dtype
     if parallel.rank() == 0:
         checkpoint.write_json(run / "last" / "state.json", vars(state))
     return state
-
-
-class Timed:
-    """Iterator over a loader that knows its rate, how long it kept the loop waiting, and which of
-    the set's `length` images could not be read: rates and images are those of all processes.
-
-    A batch has "text", what the model reads beside the images, or None.
-    """
-
-    def __init__(self, loader, length: int, text_of):
-        self.iterator, self.length, self.text_of = iter(loader), length, text_of
-        self.unreadable = {}
-        self.restart()
-
-    def restart(self) -> None:
-        """Measure from now on."""
-        self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
-
-    def __next__(self):
-        start = time.perf_counter()
-        batch = next(self.iterator)
-        self.waited += time.perf_counter() - start
-        self.images += len(batch["image"]) * parallel.world()
-        for message in filter(None, sum(parallel.gather(batch["unreadable"]), [])):
-            self.skip(message)
-        return {**batch, "text": self.text_of(batch)}
-
-    def skip(self, message: str) -> None:
-        """Note an unreadable image; InputError when they are more than 1 % of the set."""
-        if message not in self.unreadable:
-            self.unreadable[message] = True              # a set that keeps its order
-            tqdm.write(f"skipped    {message}")
-        if len(self.unreadable) > UNREADABLE_SHARE * self.length:
-            raise InputError(f"{len(self.unreadable)} of {self.length} training images cannot be "
-                             f"read, more than 1 %; the last: {message}")
-
-    def rates(self) -> dict[str, float]:
-        """Images per second and share of the time spent waiting for data, since the last call."""
-        seconds = time.perf_counter() - self.start
-        rates = {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
-        self.restart()
-        return rates
 
 
 def peak_gb(device: torch.device) -> float:

@@ -163,3 +163,27 @@ def test_the_next_sample_stands_in_for_an_unreadable_one(tmp_path):
     spoil(dataset, 1, 2)
     with pytest.raises(InputError, match=f"{path} cannot be decoded"):
         tolerant[5, 3]
+
+
+def test_an_unreadable_image_is_replaced_and_counted():
+    """The next sample stands in; the message is kept once; more than 1 % of the set is an error."""
+    class Files(torch.utils.data.Dataset):
+        def __len__(self):
+            return 200
+
+        def __getitem__(self, key):
+            if key[1] in (5, 6, 9):
+                raise InputError(f"{key[1]}.jpg cannot be decoded")
+            return {"image": torch.full((1,), float(key[1])), "name": str(key[1])}
+
+    tolerant = data.Tolerant(Files())
+    assert tolerant[0, 5]["name"] == "7" and "5.jpg" in tolerant[0, 5]["unreadable"]
+    loader = [*[{"image": torch.zeros(2, 1), "unreadable": ["", "5.jpg bad"]}] * 2,
+              {"image": torch.zeros(1, 1), "unreadable": ["6.jpg bad"]},
+              {"image": torch.zeros(1, 1), "unreadable": ["9.jpg bad"]}]
+    batches = data.Timed(iter(loader), 200, lambda batch: None)
+    for _ in range(3):
+        next(batches)
+    assert list(batches.unreadable) == ["5.jpg bad", "6.jpg bad"]
+    with pytest.raises(InputError, match="3 of 200 training images cannot be read.*9.jpg"):
+        next(batches)

@@ -394,7 +394,7 @@ def test_a_non_finite_loss_ends_all_processes(pair, tmp_path):
 
 def unreadable():
     """Messages that a process knows after a micro-batch that was bad in the other one only."""
-    batches = train.Timed(iter([{"image": torch.zeros(2, 1),
+    batches = data.Timed(iter([{"image": torch.zeros(2, 1),
                                  "unreadable": ["", f"{parallel.rank()}.jpg"]}]), 200,
                           lambda batch: None)
     next(batches)

@@ -206,30 +206,6 @@ def test_kills_at_any_moment_lose_nothing(tmp_path, kills):
     assert killed == kills, f"the run was over after {killed} kills: give it more iterations"
 
 
-def test_an_unreadable_image_is_replaced_and_counted():
-    """The next sample stands in; the message is kept once; more than 1 % of the set is an error."""
-    class Files(torch.utils.data.Dataset):
-        def __len__(self):
-            return 200
-
-        def __getitem__(self, key):
-            if key[1] in (5, 6, 9):
-                raise InputError(f"{key[1]}.jpg cannot be decoded")
-            return {"image": torch.full((1,), float(key[1])), "name": str(key[1])}
-
-    tolerant = data.Tolerant(Files())
-    assert tolerant[0, 5]["name"] == "7" and "5.jpg" in tolerant[0, 5]["unreadable"]
-    batches = train.Timed(iter([{"image": torch.zeros(2, 1), "unreadable": ["", "5.jpg bad"]}] * 2
-                               + [{"image": torch.zeros(1, 1), "unreadable": ["6.jpg bad"]},
-                                  {"image": torch.zeros(1, 1), "unreadable": ["9.jpg bad"]}]), 200,
-                          lambda batch: None)
-    for _ in range(3):
-        next(batches)
-    assert list(batches.unreadable) == ["5.jpg bad", "6.jpg bad"]
-    with pytest.raises(InputError, match="3 of 200 training images cannot be read.*9.jpg"):
-        next(batches)
-
-
 def test_training_learns_and_writes_everything(tmp_path, capsys):
     """The loss falls on a fixed set; the run folder holds what the command promises."""
     out = tmp_path / "run"
