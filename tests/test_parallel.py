@@ -306,7 +306,7 @@ def narrow_steps(recipe):
     """State of the model after two steps."""
     training = data.open_set(recipe, "train")
     model, optimizer, _ = train.begin(recipe, False, training.classes.names, torch.device("cpu"))
-    batches = data.train_loader(training, recipe.micro_batch, 0, 0, 0)
+    batches = iter(data.train_loader(training, recipe.micro_batch, 0, 0, 0))
     loss_of = parallel.distribute(model)
     for step in range(2):
         train.train_step(loss_of, optimizer, batches, recipe, step, torch.device("cpu"),

@@ -21,7 +21,7 @@ import data
 import eval as evaluation
 import train
 from ops.errors import InputError
-from tasks import seg
+from tasks import methods, seg
 from tasks.flags import resolve
 from tasks.recipes import read_recipe
 from weights import checkpoint
@@ -127,7 +127,7 @@ def test_weights_in_bfloat16_are_saved_as_they_are(tmp_path):
         "unet.conv_norm_out.weight": torch.float32, "prompts": torch.float32,
         "head.decode_head.fpn_bottleneck.bn.weight": torch.float32,
         "head.decode_head.fpn_bottleneck.bn.running_var": torch.float32}
-    read = evaluation.load(tmp_path / "r" / "best").state_dict()
+    read = methods.load(tmp_path / "r" / "best").state_dict()
     for name, tensor in read.items():
         assert torch.equal(tensor, saved[name].to(tensor.dtype)) and tensor.dtype in (
             torch.float32, torch.int64), name
