@@ -184,7 +184,7 @@ def jaccard_growth(errors: Tensor, truth: Tensor) -> Tensor:
     order = descending(errors)
     hits = truth.gather(1, order).to(errors.dtype).cumsum(dim=1)           # (C, P), so far
     area, rank = hits[:, -1:], torch.arange(1, 1 + hits.shape[1], device=hits.device)
-    loss = 1 - (area - hits) / (area + rank - hits)                        # 1 - intersection / union
+    loss = 1 - (area - hits) / (area + rank - hits)                       # 1 - intersection / union
     growth = torch.diff(loss, dim=1, prepend=torch.zeros_like(loss[:, :1]))
     return torch.empty_like(growth).scatter_(1, order, growth)
 

@@ -17,8 +17,8 @@ LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 def orthogonalize(batches: list[Tensor]) -> list[Tensor]:
-    """Batches (K, m, n), each of another shape -> about U V^T of each U S V^T, by five Newton-Schulz
-    steps.
+    """Batches (K, m, n), each of another shape -> about U V^T of each U S V^T, by five
+    Newton-Schulz steps.
 
     x <- (a + b G + c G^2) x, G = x x^T, where every factor is a polynomial of the first G: so they
     are multiplied among themselves, small and square, and x is touched only at both ends.  In a

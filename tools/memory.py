@@ -5,9 +5,9 @@
 
 Takes train.py's flags, too; the data set need not be there.  The step runs on fake tensors (shapes
 without values) while a dispatch mode adds up the bytes of all tensors that are alive: weights,
-gradients, the optimiser's moments, activations, and what checkpointing recomputes.  Ten seconds at
-full width, and no memory.  The CUDA context, workspaces and fragmentation are taken to be OTHER_GB;
-the loader's processes, and the text encoder of VPD's refer, are not counted.
+gradients, the optimiser's moments, activations, and what checkpointing recomputes.  Twenty seconds
+at full width, and no memory.  The CUDA context, workspaces and fragmentation are taken to be
+OTHER_GB; the loader's processes, and the text encoder of VPD's refer, are not counted.
 
 --fit goes from the dearest setting to the cheapest and takes the first that fits: the recipe's own,
 with --gradient-checkpointing, with --weights bfloat16; of that, the largest micro-batch.  What was
@@ -89,8 +89,8 @@ def step_peak(config, images: tuple[int, ...], accumulate: bool, checkpointing: 
     """Bytes at the peak of an optimiser's second step, when its moments are there.
 
     images: shape (B, 3, H, W) of a micro-batch.  accumulate: whether a step has several.
-    optimizer_of(model) makes the optimiser.  weights: what the layers' are held in.  The figure is a
-    GPU's, whatever the device.
+    optimizer_of(model) makes the optimiser.  weights: what the layers' are held in.  The figure is
+    a GPU's, whatever the device.
     """
     with torch.device("meta"):
         model = widen_norms(cast_weights(kind_of(config)(config), weights), dtype)
@@ -188,8 +188,8 @@ def fit(recipe: Recipe, limit: float, given: list[str]) -> Recipe:
             best = found
         if best is not None:
             return best
-    raise InputError(f"--fit {limit:g}: the smallest step needs {need:.1f} GB, see above; a smaller "
-                     "--crop takes less, but is another recipe")
+    raise InputError(f"--fit {limit:g}: the smallest step needs {need:.1f} GB, see above; a "
+                     "smaller --crop takes less, but is another recipe")
 
 
 if __name__ == "__main__":
