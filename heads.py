@@ -166,12 +166,13 @@ def lovasz_softmax(logits: Tensor, target: Tensor) -> Tensor:
     if has_data(probs):                                                    # else shapes stay fixed
         present = labels.long().bincount(minlength=IGNORE + 1)[classes] > 0
         probs, classes = probs[present], classes[present]
-    truth, valid = labels == classes[:, None], labels != IGNORE
-    with torch.no_grad():                                                  # gradient: errors only
-        present = truth.any(dim=1)
-        weights = torch.cat([jaccard_growth((t.to(p.dtype) - p).abs() * valid, t) * valid
-                             for p, t in zip(probs.split(CHUNK), truth.split(CHUNK))])
-    loss = ((torch.where(truth, 1 - probs, probs) * weights).sum(dim=1) * present).sum()
+    truth, valid, losses = labels == classes[:, None], labels != IGNORE, []
+    for p, t in zip(probs.split(CHUNK), truth.split(CHUNK)):
+        with torch.no_grad():                                              # gradient: errors only
+            weights = jaccard_growth((t.to(p.dtype) - p).abs() * valid, t) * valid
+        losses.append((torch.where(t, 1 - p, p) * weights).sum(dim=1))
+    present = truth.any(dim=1)
+    loss = (torch.cat(losses) * present).sum()
     loss, count = total(torch.stack([loss, present.sum().to(loss.dtype)]))
     return loss / count.clamp(min=1)
 

@@ -34,8 +34,8 @@ from huggingface_hub.utils import tqdm
 import data
 import eval as evaluation
 from model import Config, MetaPromptModel
-from ops import muon, parallel
-from ops.device import autocast, device_of, pick_device, pick_precision
+from ops import muon, parallel, rounding
+from ops.device import autocast, cast_weights, device_of, pick_device, pick_precision
 from ops.errors import InputError, run_command
 from ops.settings import leaves
 from sets.ade20k import read_names
@@ -112,7 +112,8 @@ def begin(recipe: Recipe, resume: bool, names: tuple[str, ...], device: torch.de
         model, optimizer, state = continued(recipe, names, device)
     else:
         state = State()
-        model = build_model(recipe, names).to(device)
+        model = build_model(recipe, names)
+        model = cast_weights(model, pick_precision(recipe.weights, device)).to(device)
         optimizer = build_optimizer(model, recipe)
     model.unet.gradient_checkpointing = recipe.gradient_checkpointing
     return methods.with_reader(model, weights_of(recipe)), optimizer, state
@@ -128,7 +129,8 @@ def continued(recipe: Recipe, names: tuple[str, ...], device: torch.device):
         try:
             state = checkpoint.read_state(folder)
             model = checkpoint.own_memory(methods.load(folder)).train()
-            model, optimizer = model.to(device), build_optimizer(model, recipe)
+            model = cast_weights(model, pick_precision(recipe.weights, device)).to(device)
+            optimizer = build_optimizer(model, recipe)
             checkpoint.load_optimizer(folder, model, optimizer, state.step)
             edited = edits(recipe, folder / "recipe.json")
         except InputError as error:
@@ -232,7 +234,7 @@ def build_optimizer(model: MetaPromptModel, recipe: Recipe) -> torch.optim.AdamW
     if recipe.muon_lr > 0:
         groups = muon.split(groups, model, recipe.lr, recipe.muon_lr)
         return muon.Muon(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=True)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=True)
+    return rounding.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=True)
 
 
 def print_plan(recipe: Recipe, model: MetaPromptModel, device, dtype) -> None:
@@ -321,6 +323,7 @@ def train_step(loss_of, optimizer, batches, recipe: Recipe, step: int, device, d
         [p for group in optimizer.param_groups for p in group["params"]],
         recipe.clip or math.inf)                         # infinity: the norm only
     require_finite(norm.item(), "gradient's norm", step, names, optimizer)
+    torch.manual_seed(~(recipe.seed * 1_000_003 + step))  # rounding: the same in all processes
     optimizer.step()
     optimizer.zero_grad()
     return {"loss": sum(means.values()), **means}

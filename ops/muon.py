@@ -9,6 +9,8 @@ direction alike.
 import torch
 from torch import Tensor, nn
 
+from ops.rounding import AdamW, store, widen
+
 MOMENTUM = 0.9
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steep at 0, all values end near 1
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
@@ -44,12 +46,13 @@ def newton_schulz(gram: Tensor) -> Tensor:
     return product
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """AdamW, but groups with "muon": True take orthogonalised steps.
 
     A step of such a weight, flattened to (out, rest), is lr * sqrt(max(1, out / rest)) * U V^T,
     U V^T from the gradient's Nesterov momentum.  torch.optim.Muon (torch 2.9 on) is the same, but
-    takes no convolutions and computes in bfloat16.
+    takes no convolutions and computes in bfloat16.  Here weights and momentum may be held in
+    bfloat16: the step is float32's, rounded at random (ops/rounding.py).
     """
 
     @torch.no_grad()
@@ -68,16 +71,19 @@ class Muon(torch.optim.AdamW):
         updates = orthogonalize([torch.stack(self.nesterov(same)) for same in shapes])
         for same, update in zip(shapes, updates):
             rate = lr * max(1.0, update.shape[1] / update.shape[2]) ** 0.5
-            torch._foreach_mul_(same, 1 - lr * decay)
-            torch._foreach_add_(same, [u.view_as(p) for u, p in zip(update, same)], alpha=-rate)
+            weights = [widen(p) for p in same]
+            torch._foreach_mul_(weights, 1 - lr * decay)
+            torch._foreach_add_(weights, [u.view_as(p) for u, p in zip(update, same)], alpha=-rate)
+            store(same, weights)
 
     def nesterov(self, params: list[nn.Parameter]) -> list[Tensor]:
         """Flattened momenta that already know this gradient, which is freed."""
-        grads, moments = [p.grad for p in params], []
+        held = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+        moments, grads = [widen(m) for m in held], [widen(p.grad) for p in params]
         for p in params:
-            moments.append(self.state[p].setdefault("momentum", torch.zeros_like(p)))
             p.grad = None
         torch._foreach_lerp_(moments, grads, 1 - MOMENTUM)
+        store(held, moments)
         return [u.flatten(1) for u in torch._foreach_lerp(grads, moments, MOMENTUM)]
 
 

@@ -210,6 +210,8 @@ def resumed(arguments: list[str]) -> Path | None:
 def finish(recipe: Recipe, given: dict) -> Recipe:
     """The recipe with what follows from its settings; InputError if they can't work together."""
     check_idle(recipe, given)
+    if recipe.weights == "bfloat16" and recipe.precision == "auto":
+        recipe = replace(recipe, precision="bfloat16")
     check(recipe)
     if recipe.prompts and recipe.method == "meta-prompts":
         recipe = with_prompts(recipe, given)

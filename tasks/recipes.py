@@ -58,6 +58,7 @@ class Recipe:
     out: str | None = None  # run folder; default runs/TASK-DATASET, numbered if it exists
     seed: int = 0  # of everything random
     precision: str = "auto"  # bfloat16 autocast where it is fast; or float32
+    weights: str = "float32"  # or bfloat16: half the bytes to train a weight (ops/rounding.py); ours
     compile: bool = False  # torch.compile the model
     gradient_checkpointing: bool = True  # recompute UNet blocks instead of storing them; official
     device: str = "auto"  # cpu, cuda or cuda:NUMBER
@@ -257,6 +258,9 @@ def check(recipe: Recipe) -> None:
     if getattr(recipe.model, "resize_scale", 1) == 0 and any(side % 64 for side in sides):
         raise InputError(f"--crop {recipe.crop}, --crop-width {recipe.crop_width}: a side that is "
                          "no multiple of 64, the UNet's coarsest stride")
+    if recipe.weights == "bfloat16" and recipe.precision != "bfloat16":
+        raise InputError(f"--precision {recipe.precision}: weights held in bfloat16 are multiplied "
+                         "in it; leave --precision or --weights out")
     if recipe.min_lr > recipe.lr:
         raise InputError(f"--min-lr {recipe.min_lr:g} is above --lr {recipe.lr:g}")
     if 0 < getattr(recipe.protocol, "max_side", 0) < 64:
@@ -289,8 +293,8 @@ def read_recipe(path: Path) -> Recipe:
     for name in ("files", "model", "protocol"):
         kind = config_kind(values.get(name)) if name == "model" else type(getattr(row, name))
         nested[name] = from_dict(kind, values.get(name), f"{path}: {name}")
-    values = {"unet": None, **values}                    # which older runs do not tell
-    recipe = from_dict(Recipe, {**values, **nested}, str(path))
+    newer = {"unet": None, "weights": "float32"}         # which files of older versions lack
+    recipe = from_dict(Recipe, {**newer, **values, **nested}, str(path))
     check(recipe)
     return recipe
 

@@ -4,14 +4,18 @@
 """
 import shlex
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import HEAD, TINY, refused
+from torch import nn
 
 import train
 from model import Config, MetaPromptModel
+from ops.device import autocast, cast_weights
 from ops.errors import InputError
+from ops.rounding import AdamW
 from tasks.flags import resolve
 from tasks.recipes import find_recipe
 from tools import ablate, memory
@@ -24,31 +28,56 @@ SMALL = dict(num_prompts=8, refine_steps=2, head_channels=16, num_classes=5,
              vae=VAEConfig((32, 32, 32, 32), layers=1))
 
 
-def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+def adamw(model: nn.Module) -> AdamW:
     """The optimiser of a training run."""
     groups = model.param_groups(1e-3, 0.1, 0.01)
-    return torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    return AdamW(groups, lr=1e-3, fused=True)
 
 
 # ------------------------------------------------------------------------------------------------
 # The flags that fit
 
 @pytest.mark.parametrize("task,gigabytes,chosen", [
-    ("seg", 20.9, None), ("seg", 21, 2), ("seg", 24, 2), ("seg", 48, 8), ("seg", 80, 16),
-    ("depth", 17, None), ("depth", 17.5, 1), ("depth", 24, 2), ("depth", 48, 8), ("depth", 80, 12)])
+    ("seg", 14.4, None), ("seg", 14.5, "2 bfloat16"), ("seg", 20.9, "2 bfloat16"),
+    ("seg", 21, "2 float32"), ("seg", 24, "2 float32"), ("seg", 48, "8 float32"),
+    ("seg", 80, "16 float32"),
+    ("depth", 10.9, None), ("depth", 11, "1 bfloat16"), ("depth", 17, "2 bfloat16"),
+    ("depth", 17.5, "1 float32"), ("depth", 48, "8 float32"), ("depth", 80, "12 float32")])
 def test_the_largest_micro_batch_that_fits(monkeypatch, task, gigabytes, chosen):
-    """A divisor of the batch, two or more for seg; refused if none fits.
+    """A divisor of the batch, two or more for seg; weights in bfloat16 only where float32 has no
+    room; refused if none fits.
 
-    Weights are taken to need 13 GB, every image 3.5.
+    Weights are taken to need 13 GB, half of it in bfloat16, every image 3.5.
     """
-    monkeypatch.setattr(memory, "step_peak",
-                        lambda config, shape, *_: round(13e9 + 3.5e9 * shape[0]))
+    monkeypatch.setattr(memory, "step_peak", lambda *given: round(
+        (6.5e9 if given[-1] == torch.bfloat16 else 13e9) + 3.5e9 * given[1][0]))
     recipe = find_recipe(task, {"seg": "ade20k", "depth": "nyu"}[task])
     if chosen is None:
-        with pytest.raises(InputError, match=f"--fit {gigabytes:g}: the smallest step"):
-            memory.fit(recipe, gigabytes)
+        with pytest.raises(InputError, match=f"--fit {gigabytes:g}: the smallest step needs"):
+            memory.fit(recipe, gigabytes, [])
     else:
-        assert memory.fit(recipe, gigabytes) == chosen
+        found = memory.fit(recipe, gigabytes, [])
+        assert f"{found.micro_batch} {found.weights}" == chosen
+        assert replace(found, micro_batch=recipe.micro_batch, weights="float32",
+                       precision="auto") == recipe
+
+
+@pytest.mark.parametrize("given, tried", [
+    ([], ["", "checkpointing", "checkpointing bfloat16"]),
+    (["--weights"], ["", "checkpointing"]), (["--no-gradient-checkpointing"], ["", "bfloat16"]),
+    (["--weights", "--no-gradient-checkpointing"], [""]), (["--precision"], ["", "checkpointing"])])
+def test_what_fit_tries(given, tried):
+    """Checkpointing, then weights in bfloat16; what was given stays, and what needs more than was
+    given is not tried.
+    """
+    recipe = replace(find_recipe("seg", "ade20k"), gradient_checkpointing=False,
+                     precision="float32" if "--precision" in given else "auto")
+    found = memory.settings(recipe, given)
+    assert [" ".join(["checkpointing"] * r.gradient_checkpointing
+                     + ["bfloat16"] * (r.weights == r.precision == "bfloat16"))
+            for r in found] == tried
+    assert memory.settings(find_recipe("seg", "ade20k"), ["--weights"]) == \
+        [find_recipe("seg", "ade20k")]
 
 
 def test_the_command_prints_flags_that_train_takes(monkeypatch, capsys):
@@ -63,7 +92,13 @@ def test_the_command_prints_flags_that_train_takes(monkeypatch, capsys):
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("fits 9.5 GB: python train.py ")
     made = resolve(shlex.split(line.split("train.py ")[1]))[0]
-    assert made.micro_batch == 8 and made.files.data == "my data"
+    assert made.micro_batch == 8 and made.files.data == "my data" and made.weights == "float32"
+    monkeypatch.setattr(memory, "step_peak", lambda *given: round(
+        20e9 - 8e9 * given[3] - 8e9 * (given[-1] == torch.bfloat16)))
+    monkeypatch.setattr(sys, "argv", ["memory", *words, "--fit", "9.5"])
+    memory.main()
+    made = resolve(shlex.split(capsys.readouterr().out.split("train.py ")[1]))[0]
+    assert made.weights == "bfloat16" and made.gradient_checkpointing
 
 
 @pytest.mark.parametrize("flags,message", [
@@ -101,15 +136,16 @@ def test_a_resumed_run_keeps_its_micro_batch(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------
 # The estimate
 
-def real_peak(config: Config, shape: tuple[int, ...]) -> int:
+def real_peak(config: Config, shape: tuple[int, ...], weights: torch.dtype) -> int:
     """Bytes of all tensors alive at the peak of two real steps with all classes."""
     with memory.Alive() as alive:
-        model = MetaPromptModel(config).train()
+        model = cast_weights(MetaPromptModel(config).train(), weights)
         optimizer = adamw(model)
         for _ in range(2):
             B, _, H, W = shape
             batch, target = torch.rand(shape), torch.randint(config.num_classes, (B, H, W))
-            losses = model.loss(batch, target)
+            with autocast(CPU, weights):
+                losses = model.loss(batch, target)
             sum(losses.values()).backward()
             del batch, target, losses
             optimizer.step()
@@ -118,12 +154,24 @@ def real_peak(config: Config, shape: tuple[int, ...]) -> int:
 
 
 @pytest.mark.slow
-def test_the_estimate_is_what_a_real_step_needs():
-    """Fake tensors give the bytes that real ones take, within 3 %."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_estimate_is_what_a_real_step_needs(monkeypatch, dtype):
+    """Fake tensors give the bytes that real ones take, within 3 %, with everything in float32 and
+    with weights in bfloat16, whose bytes are half; on a CPU norms stay narrow.
+    """
+    monkeypatch.setattr(memory, "widen_norms", lambda model, dtype: model)
     config = Config(**SMALL)
     shape = (2, 3, 64, 128)
-    estimate = memory.step_peak(config, shape, False, False, adamw, CPU, torch.float32)
-    assert estimate == pytest.approx(real_peak(config, shape), rel=0.03)
+    estimate = memory.step_peak(config, shape, False, False, adamw, CPU, dtype, dtype)
+    assert estimate == pytest.approx(real_peak(config, shape, dtype), rel=0.03)
+
+
+def test_norms_are_counted_as_on_a_gpu():
+    """Under bfloat16 they read and give float32; in float32 nothing changes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        norms = memory.widen_norms(nn.Sequential(nn.GroupNorm(1, 4), nn.LayerNorm(4)), dtype)
+        assert norms(torch.ones(2, 4).to(dtype)).dtype == torch.float32
+        assert len(norms[0]._forward_pre_hooks) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.slow

@@ -126,6 +126,22 @@ def test_a_spoiled_recipe_is_refused_by_name(tmp_path, kind, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_recipe_without_weights_is_of_an_older_version(tmp_path):
+    """They were float32."""
+    values = asdict(RECIPES["seg", "shapes"])
+    del values["weights"]
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    assert read_recipe(tmp_path / "recipe.json") == RECIPES["seg", "shapes"]
+
+
+def test_weights_in_bfloat16_are_multiplied_in_it(tmp_path):
+    """Where the precision is left open, it follows; float32 is refused."""
+    flags = ["--weights", "bfloat16", "--out", str(tmp_path)]
+    assert resolve(flags)[0].precision == "bfloat16"
+    with pytest.raises(InputError, match="--precision float32: weights held in bfloat16 are"):
+        resolve([*flags, "--precision", "float32"])
+
+
 def test_an_older_flat_recipe_is_refused_with_what_to_do(tmp_path):
     """Its settings stood beside each other: the line says how its model is used all the same."""
     path = tmp_path / "recipe.json"

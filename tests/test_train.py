@@ -21,7 +21,7 @@ import data
 import eval as evaluation
 import train
 from ops.errors import InputError
-from tasks import seg
+from tasks import methods, seg
 from tasks.flags import resolve
 from tasks.recipes import read_recipe
 from weights import checkpoint
@@ -50,12 +50,16 @@ def test_accumulation_sums_the_micro_batches(tmp_path):
     assert torch.allclose(seen[0], expected, atol=1e-6)
 
 
-def test_resuming_is_exact_to_the_bit(tmp_path):
-    """Stopped after any step and resumed, all weights and moments end as without the stop."""
+@pytest.mark.parametrize("stops, flags", [
+    ((1, 3), []), ((2,), ["--weights", "bfloat16", "--precision", "bfloat16", "--muon-lr", 0.0])])
+def test_resuming_is_exact_to_the_bit(tmp_path, stops, flags):
+    """Stopped after any step and resumed, all weights and moments end as without the stop; also
+    where they are rounded at random.
+    """
     whole = recipe(tmp_path / "whole", "--iterations", 4, "--eval-every", 4, "--save-every", 4,
-                   "--dropout", 0.3)
+                   "--dropout", 0.3, *flags)
     train.train(whole, resume=False)
-    for stop in (1, 3):
+    for stop in stops:
         run_folder = tmp_path / f"stopped{stop}"
         part = replace(whole, out=str(run_folder), save_every=1)
 
@@ -83,6 +87,50 @@ def test_resuming_is_exact_to_the_bit(tmp_path):
             assert all(torch.equal(a[k], b[k]) for k in a), (stop, name)
         steps = [json.loads(line)["step"] for line in (run_folder / "metrics.jsonl").open()]
         assert steps == [1, 2, 3, 4, 4]
+
+
+def test_the_rounding_draws_by_seed_and_step(tmp_path):
+    """Before the optimiser's step torch's generator starts anew: elsewhere for every seed and step,
+    and elsewhere than dropout did.
+    """
+    model = train.build_model(recipe(tmp_path / "r"), ("a", "b"))
+    batch = {"image": torch.rand(2, 3, 64, 64), "name": ["x", "y"],
+             "target": torch.randint(0, 2, (2, 64, 64))}
+    seen = []
+
+    def loss_of(*inputs):
+        seen.append(torch.initial_seed())
+        return model.loss(*inputs)
+
+    for seed, step in ((0, 0), (0, 1), (1, 0)):
+        made = recipe(tmp_path / "r", "--batch", 2, "--seed", seed)
+        optimizer = train.build_optimizer(model, made)
+        optimizer.register_step_post_hook(lambda *_: seen.append(torch.initial_seed()))
+        train.train_step(loss_of, optimizer, iter([batch]), made, step, torch.device("cpu"),
+                         torch.float32)
+    assert len(set(seen)) == 6
+
+
+def test_weights_in_bfloat16_are_saved_as_they_are(tmp_path):
+    """Layers' weights in bfloat16, norms and statistics in float32; read back, as always, in
+    float32, and of the same values.
+    """
+    made = recipe(tmp_path / "r", "--weights", "bfloat16", "--precision", "bfloat16",
+                  "--iterations", 1, "--warmup", 0)
+    train.train(made, resume=False)
+    saved = load_file(tmp_path / "r" / "best" / "model.safetensors")
+    assert {name: saved[name].dtype for name in (
+        "unet.conv_in.weight", "vae.encoder.conv_in.bias", "unet.conv_norm_out.weight", "prompts",
+        "head.decode_head.fpn_bottleneck.bn.weight",
+        "head.decode_head.fpn_bottleneck.bn.running_var")} == {
+        "unet.conv_in.weight": torch.bfloat16, "vae.encoder.conv_in.bias": torch.bfloat16,
+        "unet.conv_norm_out.weight": torch.float32, "prompts": torch.float32,
+        "head.decode_head.fpn_bottleneck.bn.weight": torch.float32,
+        "head.decode_head.fpn_bottleneck.bn.running_var": torch.float32}
+    read = methods.load(tmp_path / "r" / "best").state_dict()
+    for name, tensor in read.items():
+        assert torch.equal(tensor, saved[name].to(tensor.dtype)) and tensor.dtype in (
+            torch.float32, torch.int64), name
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
