@@ -45,7 +45,7 @@ def export_and_ask(config, folder, monkeypatch, capsys):
     assert printed.count("largest difference 0 of") == 2 and f"wrote {folder}/out.pt2" in printed
     assert {path.name for path in folder.iterdir()} == {"model", "out.pt2"}
     model = kind.from_pretrained(folder / "model")
-    given = export.inputs(config, 4, 64, 64)
+    given = export.inputs(config, 4, 128, 128)
     torch.save(given, folder / "given.pt")
     script = ("import torch; g = torch.load('given.pt'); "
               "p = torch.export.load('out.pt2').module(); "
@@ -83,7 +83,7 @@ def test_the_command_writes_what_it_compared(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("largest difference 0 of") == 2 and f"wrote {tmp_path}/out.pt2" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"best", "out.pt2"}
-    images = torch.rand(4, 3, 64, 320)
+    images = torch.rand(4, 3, 128, 320)
     program = torch.export.load(tmp_path / "out.pt2").module()
     torch.testing.assert_close(program(images), model(images), rtol=0, atol=1e-6)
 
