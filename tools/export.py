@@ -38,7 +38,8 @@ def main() -> None:
     model = own_memory(methods.load(source)).requires_grad_(False)
     step = side_step(model.config)
     print(f"model      {source}: {model.config.task}, {methods.method_of(model.config)}\n"
-          f"sides      multiples of {step}, {least_side(step)} or more; any number of images", flush=True)
+          f"sides      multiples of {step}, {least_side(step)} or more; any number of images",
+          flush=True)
     new = out.with_name(out.name.removesuffix(".pt2") + ".tmp.pt2")
     try:
         torch.export.save(exported(model, step), new)
@@ -71,8 +72,8 @@ def side_step(config) -> int:
 
 
 def least_side(step: int) -> int:
-    """The least side of an exported model's images: 128, or 64 where they are enlarged; torch.export
-    takes a coarsest map of one row for a case of its own.
+    """The least side of an exported model's images: 128, or 64 where they are enlarged.  To
+    torch.export a coarsest map of one row is a case of its own.
     """
     return SMALLEST if step < SMALLEST else 2 * SMALLEST
 
