@@ -127,6 +127,8 @@ PROGRAMS = {  # script or module -> (flags to append, what it must print)
                 r"^wrote ([^\s:]+)|^(seg|depth|pose|refer) on \S+$"),
     "tools.ablate": (lambda words, key: train_settings(words, key) + ["--seeds", "1"],
                      r"^wrote (runs/\S+)/ \("),
+    "tools.export": (lambda words, key: [], r"^wrote ([^\s:]+): torch.export.load"),
+    "tools.features": (no_settings, r"^wrote ([^\s:]+): \d+ pictures"),
     "tools.heatmaps": (no_settings, r"^wrote ([^\s:]+): .*prompts.png$"),
     "tools.judge": (lambda words, key: ["--captions", "2", "--sample-steps", "1"],
                     r"^wrote ([^\s:]+)/: captions.json"),
