@@ -58,7 +58,7 @@ class Recipe:
     out: str | None = None  # run folder; default runs/TASK-DATASET, numbered if it exists
     seed: int = 0  # of everything random
     precision: str = "auto"  # bfloat16 autocast where it is fast; or float32
-    weights: str = "float32"  # or bfloat16: half the bytes to train a weight (ops/rounding.py); ours
+    weights: str = "float32"  # or bfloat16: half the bytes to train a weight, see ops/rounding.py
     compile: bool = False  # torch.compile the model
     gradient_checkpointing: bool = True  # recompute UNet blocks instead of storing them; official
     device: str = "auto"  # cpu, cuda or cuda:NUMBER
