@@ -1,7 +1,7 @@
 """Entry point of torch.hub: a trained model in three lines, from any folder.
 
     import torch
-    model = torch.hub.load("FOLDER_OF_THIS_FILE", "metaprompts", "RUN", source="local")
+    model = torch.hub.load("FOLDER", "metaprompts", "RUN", source="local")
     answer = model.predict("photo.jpg")
 
 torch.hub puts this folder on sys.path while it loads.  The files beside this one are no package:

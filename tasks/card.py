@@ -39,11 +39,11 @@ CARD = """---
 ---
 # {method}: {task}, {dataset}
 
-Trained with `train.py` of Meta Prompts in plain PyTorch; RGB images of any size.
+Trained with `train.py` of Meta Prompts in plain PyTorch, whose folder is FOLDER.
 
 ```python
 import torch
-model = torch.hub.load("FOLDER_OF_THE_CODE", "metaprompts", "OWNER/MODEL", source="local")
+model = torch.hub.load("FOLDER", "metaprompts", "OWNER/MODEL", source="local")
 {line}  # {gives}
 ```
 

@@ -53,7 +53,7 @@ class Predictor:
         return cls(model, recipe, pick_precision(precision, device), folder)
 
     def predict(self, image, boxes: list | None = None, sentence: str | None = None):
-        """The task's answer for a picture, at its own size: what eval.py --image writes, to the bit.
+        """The task's answer for a picture, at its own size: what eval.py --image writes.
 
         image     a file, a Pillow image, or an array (H, W, 3) uint8 RGB
         boxes     pose: of people, [left, top, width, height] or COCO's detections; none: one person
@@ -96,7 +96,8 @@ class Predictor:
         """
         task = self.recipe.task
         if boxes is not None and task != "pose" or sentence is not None and task != "refer":
-            raise InputError(f"the model's task is {task}: boxes are for pose, a sentence for refer")
+            raise InputError(f"the model's task is {task}: boxes are for pose, a sentence is for "
+                             "refer")
         if task == "refer":
             asked = replace(self.recipe.protocol, sentence=sentence)
             return refer.prepare(replace(self.recipe, protocol=asked), None)

@@ -40,6 +40,12 @@ def loaded(run, precision="float32"):
     return Predictor.from_pretrained(run, "cpu", precision)
 
 
+@pytest.fixture(scope="module")
+def models(runs):
+    """The predictor of each task's run."""
+    return {task: loaded(runs / task) for task in ("seg", "depth", "pose", "refer")}
+
+
 def files_of_eval(runs, task, out, monkeypatch, *words):
     """Let eval.py predict the photograph."""
     command(evaluation.main, monkeypatch, "--checkpoint", runs / task, "--image",
@@ -53,7 +59,8 @@ def test_labels_are_those_of_eval(runs, tmp_path, monkeypatch):
     """Of a file, a Pillow image and an array; in bfloat16, too, whose weights eval.py rounds."""
     for precision in ("float32", "bfloat16"):
         files_of_eval(runs, "seg", tmp_path, monkeypatch, "--precision", precision)
-        model, wanted = loaded(runs / "seg", precision), read_png(tmp_path / "photo_labels.png")
+        model = loaded(runs / "seg", precision)
+        wanted = read_png(tmp_path / "photo_labels.png")
         with Image.open(runs / "photo.jpg") as image:
             for given in (str(runs / "photo.jpg"), image, np.array(image)):
                 found = model.predict(given)
@@ -61,22 +68,22 @@ def test_labels_are_those_of_eval(runs, tmp_path, monkeypatch):
         assert not model.model.training and isinstance(model.model, MetaPromptModel)
 
 
-def test_metres_are_those_of_eval(runs, tmp_path, monkeypatch):
+def test_metres_are_those_of_eval(runs, models, tmp_path, monkeypatch):
     """float32, which make eval.py's 16-bit file."""
     files_of_eval(runs, "depth", tmp_path, monkeypatch)
-    metres = loaded(runs / "depth").predict(runs / "photo.jpg")
+    metres = models["depth"].predict(runs / "photo.jpg")
     assert metres.dtype == np.float32 and metres.shape == (70, 150)
     file = np.rint(metres * 256).clip(1, 65535).astype(np.uint16)
     assert np.array_equal(file, read_png(tmp_path / "photo_depth.png"))
 
 
-def test_people_are_those_of_eval(runs, tmp_path, monkeypatch):
+def test_people_are_those_of_eval(runs, models, tmp_path, monkeypatch):
     """The whole image, or boxes with and without a score: keypoints.json but for the file's name.
     """
     boxes = [{"file_name": "photo.jpg", "bbox": [5, 5, 60, 60], "score": 0.5},
              {"file_name": "photo.jpg", "bbox": [60, 0, 80, 70]}]
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
-    model = loaded(runs / "pose")
+    model = models["pose"]
     for words, given in (([], None), (["--boxes", tmp_path / "boxes.json"],
                                       [boxes[0], np.array(boxes[1]["bbox"])])):
         files_of_eval(runs, "pose", tmp_path, monkeypatch, *words)
@@ -86,23 +93,24 @@ def test_people_are_those_of_eval(runs, tmp_path, monkeypatch):
     assert model.predict(runs / "photo.jpg", boxes=[]) == []
 
 
-def test_masks_are_those_of_eval(runs, tmp_path, monkeypatch):
+def test_masks_are_those_of_eval(runs, models, tmp_path, monkeypatch):
     """Of a sentence, which a model of VPD reads."""
     files_of_eval(runs, "refer", tmp_path, monkeypatch, "--sentence", "the red ball")
-    model = loaded(runs / "refer")
+    model = models["refer"]
     mask = model.predict(runs / "photo.jpg", sentence="the red ball")
     assert mask.dtype == bool and isinstance(model.model, VPDModel)
     assert np.array_equal(mask * 255, read_png(tmp_path / "photo_mask.png"))
 
 
-def test_features_are_the_models(runs):
+def test_features_are_the_models(models):
     """Of the picture as the model gets it: one piece, bounded; of a box; with a sentence."""
-    model, image = loaded(runs / "seg"), noise(64, 128)
+    model, image = models["seg"], noise(64, 128)
     images = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
     for a, b in zip(model.features(image), model.model.features(images), strict=True):
         assert torch.equal(a, b) and not a.requires_grad
-    pose, refer = loaded(runs / "pose"), loaded(runs / "refer")
-    assert pose.features(image, boxes=[[0, 0, 9, 9]])[0].shape == (1, 16, 8, 8)
+    pose, refer = models["pose"], models["refer"]
+    box, whole = (pose.features(image, boxes=boxes)[0] for boxes in ([[0, 0, 9, 9]], None))
+    assert box.shape == whole.shape and not torch.equal(box, whole)
     left, right = (refer.features(image, sentence=text)[0] for text in ("the left", "the right"))
     assert left.shape == right.shape and not torch.equal(left, right)
 
@@ -115,16 +123,16 @@ def test_features_are_the_models(runs):
     ("seg", {"image": "nowhere.jpg"}, "nowhere.jpg does not exist"),
     ("seg", {"image": Image.new("F", (4, 4))}, "mode F can't be read: floating-point pixels"),
     ("seg", {"boxes": []}, "the model's task is seg: boxes are for pose"),
-    ("pose", {"sentence": "x"}, "the model's task is pose: boxes are for pose, a sentence for"),
+    ("pose", {"sentence": "x"}, "the model's task is pose: boxes are for pose, a sentence is"),
     ("pose", {"boxes": [[1, 2, 3]]}, r"box \[1, 2, 3\]: bbox is .*3 values.*a list of 4 finite"),
     ("pose", {"boxes": ["x"]}, "box 'x': bbox is 'x'"),
     ("pose", {"boxes": [[0, 0, 0, 5]]}, "its box is 0 wide and 5 high"),
     ("pose", {"boxes": [{"bbox": [0, 0, 5, 5], "category_id": 2}]}, "another category than person"),
     ("refer", {}, "--sentence is missing"), ("refer", {"sentence": " "}, "a sentence is ' '")])
-def test_what_cannot_be_answered_is_refused(runs, task, given, said):
+def test_what_cannot_be_answered_is_refused(models, task, given, said):
     """No image, no box, no sentence, or one that the task does not read: one line."""
     with pytest.raises(InputError, match=said):
-        loaded(runs / task).predict(**{"image": noise(4, 4), **given})
+        models[task].predict(**{"image": noise(4, 4), **given})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -153,8 +161,8 @@ def test_a_model_comes_from_the_hub(runs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("source, given, said", [
     ("./nowhere", {}, "./nowhere is not a folder"), (".", {}, "the model .: neither it nor its b"),
-    ("seg", {"device": "tpu"}, "--device tpu"), ("seg", {"precision": "half"}, "precision is 'half"),
-])
+    ("seg", {"device": "tpu"}, "--device tpu"),
+    ("seg", {"precision": "half"}, "precision is 'half")])
 def test_what_is_no_model_is_refused(runs, tmp_path, monkeypatch, source, given, said):
     """A folder without a model, a device or a precision that there is not."""
     monkeypatch.chdir(tmp_path)
