@@ -3,17 +3,20 @@ and the model card, best/README.md.
 """
 import json
 import math
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from tasks import TASKS
+from tasks.captioned import CAPTIONS
 from tasks.flags import show
 from tasks.recipes import Recipe
 
-LOCAL = "a local copy"  # of a recipe's backbone or first stage: instead of its path
-KEPT = ("dataset", "backbone", "init", "schedule", "precision", "val_split",
+LOCAL = "a local copy"  # of a recipe's backbone, UNet or first stage: instead of its path
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+KEPT = ("dataset", "backbone", "unet", "init", "schedule", "precision", "val_split",
         "split_by")  # texts of a recipe that are no paths
 MADE = ("shapes", "folder")  # data sets that are rendered here, or the user's own
 PIPELINES = {"seg": "image-segmentation", "depth": "depth-estimation",
@@ -62,24 +65,29 @@ Recipe:
 def shareable(recipe: Recipe) -> Recipe:
     """The recipe as it may leave this machine: every text that may be a path has its default.
 
-    The backbone stays if it is the Hub's or "tiny", else it is "a local copy", as is a first stage.
+    Backbone and UNet stay if they are the Hub's or "tiny", else they are "a local copy", as is a
+    first stage.
     """
     def without_paths(settings) -> dict:
         return {field.name: field.default for field in fields(settings)
-                if isinstance(getattr(settings, field.name), str) and field.name not in KEPT}
+                if isinstance(getattr(settings, field.name), str)
+                and getattr(settings, field.name) != CAPTIONS and field.name not in KEPT}
 
-    clean = replace(recipe, files=replace(recipe.files, **without_paths(recipe.files)),
-                    **without_paths(recipe))
-    is_local = recipe.backbone != "tiny" and Path(recipe.backbone).expanduser().exists()
-    return replace(clean, backbone=LOCAL if is_local else recipe.backbone,
-                   init_from=recipe.init_from and LOCAL)
+    def public(source: str | None) -> str | None:
+        on_hub = HUB_ID.fullmatch(source or "") and not Path(source).exists()
+        return source if source in ("tiny", None) or on_hub else LOCAL
+
+    return replace(recipe, **{**without_paths(recipe), "init_from": recipe.init_from and LOCAL},
+                   files=replace(recipe.files, **without_paths(recipe.files)),
+                   backbone=public(recipe.backbone), unet=public(recipe.unet))
 
 
 def is_ours(recipe: Recipe) -> bool:
-    """Whether nothing of Stable Diffusion's weights is in the model; of a first stage's backbone
-    nothing is known.
+    """Whether nothing of Stable Diffusion's weights is in the model; of a first stage's backbone,
+    or a UNet from elsewhere, nothing is known.
     """
-    return (recipe.backbone == "tiny" or recipe.init == "random") and not recipe.init_from
+    others = recipe.init_from or recipe.unet
+    return (recipe.backbone == "tiny" or recipe.init == "random") and not others
 
 
 def model_card(recipe: Recipe, metrics: dict | None = None, step: int = 0) -> str:
@@ -116,7 +124,9 @@ def protocol_of(recipe: Recipe) -> dict:
 def front_matter(recipe: Recipe, licence: str, figures: dict[str, float]) -> ModelCardData:
     """What the Hub reads of the card: https://huggingface.co/docs/hub/model-cards."""
     known = recipe.dataset not in MADE
-    pretrained = recipe.init != "random" and recipe.backbone not in ("tiny", LOCAL)
+    bases = [source for source in (recipe.backbone, recipe.unet)
+             if source not in ("tiny", LOCAL, None)]
+    named = recipe.init != "random" and not recipe.init_from
     results = [EvalResult(task_type=PIPELINES[recipe.task], dataset_type=recipe.dataset,
                           dataset_name=f"{recipe.dataset}, validation", metric_type=name,
                           metric_value=round(value, 6)) for name, value in figures.items()]
@@ -124,5 +134,5 @@ def front_matter(recipe: Recipe, licence: str, figures: dict[str, float]) -> Mod
         license=licence, library_name="metaprompts", pipeline_tag=PIPELINES[recipe.task],
         tags=[recipe.method, recipe.task], metrics=[TASKS[recipe.task].METRIC[0]],
         datasets=[recipe.dataset.split("-")[0].rstrip("+")] if known else None,
-        base_model=recipe.backbone if pretrained and not recipe.init_from else None,
+        base_model=(bases if named else None) or None,
         model_name=f"{recipe.method} {recipe.task} {recipe.dataset}", eval_results=results or None)

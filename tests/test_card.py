@@ -28,28 +28,33 @@ def private(settings):
 def test_no_path_leaves_the_machine(row, tmp_path):
     """Whatever texts a recipe has: neither in recipe.json, which is still one, nor in the card."""
     recipe = replace(row, files=replace(row.files, **private(row.files)), **private(row))
-    recipe = replace(recipe, backbone=str(tmp_path))
+    recipe = replace(recipe, backbone=str(tmp_path), unet=str(tmp_path))
     shared = card.shareable(recipe)
     text = json.dumps(asdict(shared)) + card.model_card(recipe, {"mIoU": 0.5}, 7)
     assert "/home" not in text and str(tmp_path) not in text
-    assert shared.backbone == shared.init_from == card.LOCAL
+    assert shared.backbone == shared.unet == shared.init_from == card.LOCAL
     (tmp_path / "recipe.json").write_text(json.dumps(asdict(shared)))
     assert read_recipe(tmp_path / "recipe.json") == shared
     assert (shared.model, shared.protocol, shared.lr) == (row.model, row.protocol, row.lr)
 
 
-@pytest.mark.parametrize("changes, licence", [
-    ({"backbone": "tiny"}, "mit"), ({"init": "random"}, "mit"), ({}, "creativeml-openrail-m"),
-    ({"init": "random-unet"}, "creativeml-openrail-m"),
-    ({"backbone": "tiny", "init_from": "/home/me/first"}, "creativeml-openrail-m"),
-    ({"backbone": "."}, "creativeml-openrail-m")])
-def test_the_licence_is_that_of_the_weights(changes, licence):
-    """Stable Diffusion's passes on, also from a recipe that was shared once."""
+RAIL, ELSE = "creativeml-openrail-m", "owner/unet"
+
+
+@pytest.mark.parametrize("changes, licence, bases", [
+    ({"backbone": "tiny"}, "mit", None), ({"init": "random"}, "mit", None), ({}, RAIL, [SD15]),
+    ({"init": "random-unet"}, RAIL, [SD15]), ({"unet": ELSE}, RAIL, [SD15, ELSE]),
+    ({"backbone": "tiny", "init_from": "/home/me/first"}, RAIL, None),
+    ({"backbone": "tiny", "unet": "."}, RAIL, None), ({"backbone": "."}, RAIL, None),
+    ({"backbone": "/gone/sd.safetensors"}, RAIL, None)])
+def test_the_licence_is_that_of_the_weights(changes, licence, bases):
+    """Stable Diffusion's passes on, also from a recipe that was shared once; its repository is
+    named, and a UNet's own.
+    """
     recipe = replace(ADE, **changes)
     for made in (recipe, card.shareable(recipe)):
         data = ModelCard(card.model_card(made)).data
-        assert data.license == licence
-        assert data.base_model == (SD15 if changes in ({}, {"init": "random-unet"}) else None)
+        assert (data.license, data.base_model) == (licence, bases)
 
 
 @pytest.mark.parametrize("key, pipeline, line", [
