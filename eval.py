@@ -36,9 +36,10 @@ from ops.device import cast_weights, pick_device, pick_precision
 from ops.errors import InputError, run_command
 from ops.settings import checked, comments
 from sets.files import IMAGE_SUFFIXES, check_outside, load_image, output_names
-from tasks import TASKS, depth, methods, seg
+from tasks import TASKS, card, depth, methods, seg
 from tasks.flags import Parser, add_flags, check_idle, flag_paths, parse, show, with_flags
-from tasks.recipes import Recipe, check_model, find_recipe, read_recipe, weights_of
+from tasks.predictor import find_checkpoint, recipe_of, with_max_side
+from tasks.recipes import Recipe, find_recipe, weights_of
 from tasks.recipes import check as check_recipe
 from weights.checkpoint import write_json, write_text
 
@@ -60,7 +61,7 @@ def main() -> None:
     out = default_out(args, recipe, source)
     check_results(recipe, args, out)
     if args.save:
-        model.save_pretrained(args.save)
+        save(model, recipe, Path(args.save))
         print(f"wrote {args.save}: the model in this project's format")
     cast_weights(model, dtype)
     print(f"model      {source}: {model.config}\nprotocol   {recipe.protocol}\n"
@@ -87,7 +88,7 @@ def load(arguments: list[str]) -> tuple:
     if chosen.checkpoint and not chosen.official:
         source = find_checkpoint(chosen.checkpoint)
         model = methods.load(source)
-        recipe = recipe_of(source, model.config, chosen)
+        recipe = recipe_of(source, model.config, chosen.dataset, bool(chosen.image))
     elif chosen.official and chosen.task and chosen.dataset:
         source = Path(chosen.official)
         recipe = find_recipe(chosen.task, chosen.dataset, chosen.method)
@@ -208,39 +209,7 @@ def settle(recipe: Recipe, args, config: Config) -> Recipe:
         raise InputError(f"--boxes {args.boxes}: {recipe.task} on {recipe.dataset} takes none")
     if args.boxes and not args.image:
         recipe = replace(recipe, files=replace(recipe.files, boxes=args.boxes))
-    if getattr(recipe.protocol, "max_side", None) == 0:  # a row, not a run's resolved recipe
-        recipe = replace(recipe, protocol=replace(recipe.protocol, max_side=2 * recipe.crop))
-    return recipe
-
-
-def find_checkpoint(run: str, flag: str = "--checkpoint") -> Path:
-    """Folder of a run's model: RUN/best, else RUN/last, else RUN itself; or InputError.
-
-    The .previous ones are there while, or after, a save was killed.
-    """
-    places = [Path(run) / name for name in ("best", "best.previous", "last", "last.previous", "")]
-    for folder in places:
-        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-            return folder
-    raise InputError(f"{flag} {run}: neither it nor its best/ or last/ holds a config.json and a "
-                     "model.safetensors")
-
-
-def recipe_of(folder: Path, config: Config, chosen) -> Recipe:
-    """The recipe of the run that a model is part of; else, or for another --dataset, that row.
-
-    A model without a run, asked for pictures, predicts them whole, as those of a user's folder.
-    """
-    file = folder.parent / "recipe.json"
-    if file.is_file():
-        recipe = read_recipe(file)
-        if chosen.dataset in (None, recipe.dataset):
-            check_model(recipe, file, config, folder)
-            return recipe
-    elif chosen.dataset is None and chosen.image is None:
-        raise InputError(f"{folder} is not part of a run, whose recipe.json would say the data "
-                         "set: give --dataset")
-    return find_recipe(config.task, chosen.dataset or "folder", methods.method_of(config))
+    return with_max_side(recipe)
 
 
 def in_words(recipe: Recipe) -> str:
@@ -250,6 +219,13 @@ def in_words(recipe: Recipe) -> str:
     wide = [max(len(row[i]) for row in rows) for i in range(2)]
     return "\n".join([f"{recipe.task} on {recipe.dataset}",
                       *(f"{a:{wide[0]}}  {b:{wide[1]}}  # {c}" for a, b, c in rows)])
+
+
+def save(model: MetaPromptModel, recipe: Recipe, folder: Path) -> None:
+    """Write the model, its recipe without this machine's paths, and its card."""
+    model.save_pretrained(folder)
+    write_json(folder / "recipe.json", asdict(card.shareable(recipe)))
+    write_text(folder / "README.md", card.model_card(recipe))
 
 
 def default_out(args, recipe: Recipe, source: Path) -> Path:

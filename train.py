@@ -41,7 +41,7 @@ from ops.settings import leaves
 from sets.ade20k import read_names
 from sets.files import check_outside
 from sets.nyu_kitti import SCENES
-from tasks import TASKS, depth, methods
+from tasks import TASKS, card, depth, methods
 from tasks.captioned import CAPTIONS
 from tasks.flags import read_prompts, resolve
 from tasks.recipes import Recipe, backbone_of, check_model, lr_factor, read_recipe, weights_of
@@ -352,8 +352,8 @@ def validate(recipe: Recipe, model: MetaPromptModel, val_set, dtype: torch.dtype
     if state.best is None or sign * (metrics[name] - state.best) > 0:
         state = replace(state, best=metrics[name] if math.isfinite(metrics[name]) else None)
         if parallel.rank() == 0:
-            card = checkpoint.model_card(asdict(recipe), metrics, state.step)
-            checkpoint.save_best(run, model, card)
+            checkpoint.save_best(run, model, card.model_card(recipe, metrics, state.step),
+                                 asdict(card.shareable(recipe)))
     state = replace(state, evaluated=state.step)
     if parallel.rank() == 0:
         checkpoint.write_json(run / "last" / "state.json", vars(state))

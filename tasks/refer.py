@@ -148,11 +148,17 @@ def prepare(recipe, boxes: str | None) -> str:
     return sentence
 
 
+def predict_mask(model: nn.Module, image: np.ndarray, sentence: str, recipe,
+                 dtype: torch.dtype) -> np.ndarray:
+    """Where in an image (H, W, 3) uint8 the object is that a sentence means, (H, W) bool."""
+    x = to_batch(view(image, Path(), recipe, sentence), device_of(model))
+    return predict(model, x, [sentence], image.shape[:2], dtype)[0].cpu().numpy() > 0
+
+
 def apply(model: nn.Module, image: np.ndarray, file: Path, out: Path, recipe, dtype: torch.dtype,
           sentence: str) -> list[dict]:
     """Write OUT_mask.png and OUT_overlay.png; no results."""
-    x = to_batch(view(image, file, recipe, sentence), device_of(model))
-    mask = predict(model, x, [sentence], image.shape[:2], dtype)[0].cpu().numpy() > 0
+    mask = predict_mask(model, image, sentence, recipe, dtype)
     save_mask(Path(f"{out}_mask.png"), mask)
     picture = light(draw.fit(image, *draw.look_size(*image.shape[:2])), mask)
     draw.save(Path(f"{out}_overlay.png"), draw.caption(picture, sentence))

@@ -57,9 +57,9 @@ def tiny_recipe(task, out, *flags):
     return resolve([*TINY, *own, *SCENES, "--task", task, "--out", str(out), *map(str, flags)])[0]
 
 
-def write_run(task, folder):
+def write_run(task, folder, made=None):
     """A run folder as train.py leaves it: an untrained tiny model on the embedded scenes."""
-    made = tiny_recipe(task, folder)
+    made = made or tiny_recipe(task, folder)
     model = train.build_model(made, shapes.CLASSES if task == "seg" else ())
     model.save_pretrained(folder / "best")
     values = {**asdict(made), "model": json.loads((folder / "best" / "config.json").read_text())}

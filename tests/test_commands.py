@@ -284,6 +284,11 @@ def test_command_runs(stage, command):
 @pytest.mark.slow
 @pytest.mark.parametrize("snippet", snippets(), ids=lambda s: s.splitlines()[0])
 def test_snippet_runs(stage, snippet):
-    """Python of the documents that is not quoted runs as it stands, given `images`."""
+    """Python of the documents that is not quoted runs, given `images` and the names in capitals."""
     given = "import torch\nimages = torch.rand(2, 3, 64, 128)\n"
+    for name, value in (("FOLDER", str(ROOT)), ("RUN", PLACEHOLDERS["RUN"])):
+        snippet = snippet.replace(f'"{name}"', repr(value))
+    if PLACEHOLDERS["RUN"] in snippet:
+        stage.prepare([PLACEHOLDERS["RUN"]])
+    write(stage.place / "photo.jpg", random_image(70, 100))
     stage.start([sys.executable, "-c", given + snippet])

@@ -44,40 +44,6 @@ def asked(monkeypatch, *words):
 # ------------------------------------------------------------------------------------------------
 # Which model, which settings
 
-def test_find_checkpoint(tmp_path):
-    """RUN/best, else RUN/last, else RUN itself, or what a killed save left of the first two; else
-    an error that says what was looked for.
-    """
-    with pytest.raises(InputError, match=f"--checkpoint {tmp_path}: .* best/ or last/ holds a "
-                                         "config.json"):
-        evaluation.find_checkpoint(str(tmp_path))
-    for name in ("", "last.previous", "last", "best.previous", "best"):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text("{}")
-        (folder / "model.safetensors").write_text("")
-        assert evaluation.find_checkpoint(str(tmp_path)) == folder
-    assert evaluation.find_checkpoint(str(tmp_path / "last")) == tmp_path / "last"
-
-
-def test_recipe_of(runs, tmp_path):
-    """The run's own; the row of another data set, or of a model without a run; for pictures alone
-    that of a user's folder.
-    """
-    best = runs / "seg" / "best"
-    model = MetaPromptModel.from_pretrained(best).config
-    for dataset in (None, "shapes"):
-        assert evaluation.recipe_of(best, model, Namespace(dataset=dataset, image=None)) == \
-            read_recipe(runs / "seg" / "recipe.json")
-    for folder, dataset, image, row in ((best, "ade20k", None, "ade20k"),
-                                        (tmp_path / "m", "mapillary", None, "mapillary"),
-                                        (tmp_path / "m", None, "x.jpg", "folder")):
-        found = evaluation.recipe_of(folder, model, Namespace(dataset=dataset, image=image))
-        assert found == RECIPES["seg", row]
-    with pytest.raises(InputError, match="m is not part of a run.*: give --dataset"):
-        evaluation.recipe_of(tmp_path / "m", model, Namespace(dataset=None, image=None))
-
-
 @pytest.mark.parametrize("key", RECIPES, ids="-".join)
 def test_protocols_in_words(key):
     """A line per field: its name, its value and what it means."""
@@ -273,7 +239,7 @@ def test_boxes_through_the_command(runs, photos, tmp_path, monkeypatch):
 
 
 def test_a_model_without_a_run_predicts_pictures(runs, photos, tmp_path, monkeypatch, capsys):
-    """Saved by --save, it is used as one of a user's folder; results lie beside it."""
+    """Saved by --save, it carries its recipe and a card; results lie beside it."""
     model = tmp_path / "saved" / "model"
     asked(monkeypatch, "--checkpoint", runs / "depth", "--image", photos / "deep.png", "--out",
           tmp_path / "o", "--save", model)
@@ -281,6 +247,8 @@ def test_a_model_without_a_run_predicts_pictures(runs, photos, tmp_path, monkeyp
     assert "metres = value / 256" in capsys.readouterr().out
     beside = tmp_path / "saved" / "predictions" / "deep_depth.png"
     assert beside.read_bytes() == (tmp_path / "o" / "deep_depth.png").read_bytes()
+    assert read_recipe(model / "recipe.json").dataset == "shapes"
+    assert "Not evaluated here" in (model / "README.md").read_text()
 
 
 @pytest.mark.parametrize("task", ["seg", "depth"])
@@ -405,18 +373,6 @@ def test_a_set_of_other_classes_is_refused(runs, tmp_path, monkeypatch):
         save_image(tmp_path / kind / "val" / "x.png", np.zeros((64, 64), np.uint8))
     with pytest.raises(InputError, match="predicts 7 classes, the data set has 2"):
         asked(monkeypatch, "--checkpoint", runs / "seg", "--dataset", "folder", "--data", tmp_path)
-
-
-@pytest.mark.parametrize("present, found", [
-    (["best.previous", "last"], "best.previous"), (["last.previous"], "last.previous"),
-    (["best", "best.previous"], "best")])
-def test_the_folder_of_a_killed_save_is_found(tmp_path, present, found):
-    """Killed between the renames of best/, evaluation takes the previous best, not last/."""
-    for name in present:
-        (tmp_path / name).mkdir()
-        for file in ("config.json", "model.safetensors"):
-            (tmp_path / name / file).write_text("")
-    assert evaluation.find_checkpoint(str(tmp_path)) == tmp_path / found
 
 
 def test_a_model_is_not_replaced(tmp_path):

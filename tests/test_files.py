@@ -144,7 +144,7 @@ def test_every_flat_size_has_a_field():
 
 
 def test_a_model_is_a_folder_or_on_the_hub(monkeypatch, tmp_path):
-    """find_model: the folder itself, the hub's snapshot of two files, or what is wrong."""
+    """find_model: the folder itself, the hub's snapshot of three files, or what is wrong."""
     asked = []
 
     def fetch(repo_id, allow_patterns):
@@ -155,11 +155,38 @@ def test_a_model_is_a_folder_or_on_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(files, "snapshot_download", fetch)
     assert files.find_model(str(tmp_path)) == tmp_path and asked == []
     assert files.find_model("owner/name") == tmp_path
-    assert asked == [("owner/name", ["config.json", "model.safetensors"])]
+    assert asked == [("owner/name", ["config.json", "model.safetensors", "recipe.json"])]
     with pytest.raises(InputError, match=r"neither a folder nor available from the hub \(OSError"):
         files.find_model("owner/gone")
     with pytest.raises(InputError, match="is not a folder"):
         files.find_model("./owner/name")
+
+
+def test_a_checkpoint_is_uploaded_whole(monkeypatch, tmp_path):
+    """Weights, config, recipe and card, nothing else; without its card nothing is uploaded."""
+    asked = []
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            asked.append((repo_id, private, exist_ok))
+            if repo_id == "owner/closed":
+                raise OSError("no token")
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            asked.append((repo_id, folder_path, allow_patterns))
+            return "https://address"
+
+    monkeypatch.setattr(files, "HfApi", Api)
+    names = [*files.MODEL_FILES, "README.md"]
+    for name in names[:3]:
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match="lacks README.md: best/ of a run holds config.json"):
+        files.upload_model(tmp_path, "owner/name", None)
+    (tmp_path / "README.md").touch()
+    assert asked == [] and files.upload_model(tmp_path, "owner/name", True) == "https://address"
+    assert asked == [("owner/name", True, True), ("owner/name", tmp_path, names)]
+    with pytest.raises(InputError, match="can't be uploaded to owner/closed: no token"):
+        files.upload_model(tmp_path, "owner/closed", None)
 
 
 def test_loaded_tensors_are_mapped_not_copied(unet_folder):

@@ -269,6 +269,7 @@ def test_training_learns_and_writes_everything(tmp_path, capsys):
     card = (out / "best" / "README.md").read_text()
     assert "license: mit" in card and "mIoU" in card and '"lr": 0.003' in card
     assert str(tmp_path) not in card                     # no path of the machine goes to the Hub
+    assert read_recipe(out / "best" / "recipe.json").lr == 0.003
     for name in ("recipe.json", "best/model.safetensors", "last/optimizer.safetensors",
                  "last/state.json", "pictures/step_000012.png"):
         assert (out / name).is_file(), name

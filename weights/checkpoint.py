@@ -3,7 +3,7 @@
     RUN/last/            config.json, model.safetensors, optimizer.safetensors, state.json; and
                          recipe.json, as it was then
     RUN/last.previous/   the one before, in case the newest proves unreadable
-    RUN/best/            config.json, model.safetensors, README.md (model card)
+    RUN/best/            config.json, model.safetensors, recipe.json without paths, README.md
 
 A folder is written under another name, NAME.tmp, flushed to the disk, and its last file written
 marks it as complete.  Only then NAME becomes NAME.previous and NAME.tmp becomes NAME.  Whenever the
@@ -126,55 +126,6 @@ UMASK = find_umask()
 # ------------------------------------------------------------------------------------------------
 # Saving
 
-CARD = """---
-tags: [{tag}, {task}]
-license: {licence}
----
-# {method}: {task}, {dataset}
-
-Trained with `train.py` of Meta Prompts in plain PyTorch (Wan et al. 2023, arXiv:2312.14733); load
-it with `{kind}.from_pretrained`.  Images are RGB in [0, 1].
-
-Metrics on the validation set after step {step}: {metrics}
-
-{note}
-
-Recipe:
-```json
-{recipe}
-```
-"""
-METHODS = {  # config.json's method -> (tag, name, class)
-    None: ("meta-prompts", "Meta Prompts", "MetaPromptModel"),
-    "vpd": ("vpd", "VPD (Zhao et al. 2023)", "VPDModel"),
-}
-LICENCES = {  # (licence of what is uploaded, what its user must know)
-    True: ("mit", "The backbone started from random weights or from the small model that was "
-           "pretrained here: nothing of Stable Diffusion's weights is in it."),
-    False: ("creativeml-openrail-m", "Fine-tuned from pretrained weights.  Those of Stable "
-            "Diffusion 1.x are under the CreativeML OpenRAIL-M licence, whose use restrictions "
-            "pass on to this model.  The data set has terms of its own."),
-}
-PRIVATE = ("out", "files", "device", "init_from", "prompts",
-           "scene_types")  # of a recipe: paths of the machine
-
-
-def model_card(recipe: dict, metrics: dict, step: int) -> str:
-    """Text of the Hub's README.md: task, recipe without paths, metrics (scalars only), licence."""
-    ours = recipe["backbone"] == "tiny" or recipe["init"] == "random"
-    others = recipe.get("init_from") or recipe.get("unet")  # whose origin is not known
-    licence, note = LICENCES[ours and not others]
-    tag, method, kind = METHODS[recipe["model"].get("method")]
-    scalars = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
-    shown = {k: v for k, v in recipe.items() if k not in PRIVATE}
-    for name in ("backbone", "unet"):
-        if shown.get(name) and Path(shown[name]).expanduser().exists():
-            shown[name] = "a local copy"
-    return CARD.format(tag=tag, method=method, kind=kind, task=recipe["model"]["task"],
-                       dataset=recipe["dataset"], licence=licence, note=note, step=step,
-                       metrics=scalars, recipe=json.dumps(shown, indent=2))
-
-
 def check_finite(model: nn.Module) -> None:
     """FloatingPointError naming a weight that is not finite: it is not worth saving."""
     for name, tensor in model.state_dict().items():
@@ -183,12 +134,14 @@ def check_finite(model: nn.Module) -> None:
                                      "last checkpoint is good; try --clip 1 or a smaller --lr")
 
 
-def save_best(run: Path, model: nn.Module, card: str = "") -> None:
-    """Write RUN/best, ready for the Hub; `card` is its README.md."""
+def save_best(run: Path, model: nn.Module, card: str = "", recipe: dict | None = None) -> None:
+    """Write RUN/best, ready for the Hub: `card` is its README.md, `recipe` has no path in it."""
     check_finite(model)
     folder = begin(run / "best", BEST)
     try:
         model.save_pretrained(folder)
+        if recipe is not None:
+            write_json(folder / "recipe.json", recipe)
         finish(run / "best", BEST, card)
     except BaseException:
         remove(folder)

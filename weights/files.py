@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
@@ -33,6 +33,7 @@ LDM_PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of weights
 INTEGERS = (torch.int64,)  # of BatchNorm's counters
 BARE = "conv_in.weight"  # is in a file that holds a UNet and nothing else
+MODEL_FILES = ("config.json", "model.safetensors", "recipe.json")  # the last: how to ask the model
 IGNORED = {"unet": (), "vae": ("decoder.", "post_quant_conv.")}  # not part of the method
 
 
@@ -270,10 +271,27 @@ def find_model(source: str) -> Path:
         raise InputError(f"{source} is not a folder: give one that holds config.json and "
                          "model.safetensors, or OWNER/NAME on the hub")
     try:
-        return Path(snapshot_download(source, allow_patterns=["config.json", "model.safetensors"]))
+        return Path(snapshot_download(source, allow_patterns=list(MODEL_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(f"{source} is neither a folder nor available from the hub "
                          f"({type(error).__name__})") from None
+
+
+def upload_model(folder: Path, repo_id: str, private: bool | None) -> str:
+    """Upload a checkpoint's files to OWNER/NAME on the hub, made if need be; returns the commit's
+    address.  InputError if one is missing, its card with the licence too, or the hub refuses.
+    """
+    names = [*MODEL_FILES, "README.md"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} lacks {name}: best/ of a run holds {', '.join(names)}")
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=names)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{folder} can't be uploaded to {repo_id}: {reason}") from None
 
 
 def load_model(kind: type[nn.Module], read_config, source: str) -> nn.Module:
