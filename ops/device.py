@@ -54,7 +54,7 @@ def compiles(wanted: str, device: torch.device, steps: int) -> bool:
     """Whether `steps` training steps are compiled: "on", "off", or "auto", which is on for a GPU
     that Triton serves, from LONG steps on.
 
-    On CPUs it is off: at full width compiled and eager take the same time (docs/RESULTS.md).
+    On CPUs it is off: no compiled UNet has been faster there than an eager one.
     """
     if wanted != "auto":
         return wanted == "on"

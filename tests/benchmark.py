@@ -19,6 +19,7 @@ The last line is all of it as JSON, before it the table for docs/RESULTS.md.
 """
 import argparse
 import datetime
+import gc
 import json
 import os
 import statistics
@@ -52,7 +53,7 @@ STEPS = (*ROWS, *(f"train-{row}" for row in ROWS))  # of whole models
 ITEMS = ("unet", "vae", *STEPS, "growth", "checkpointing", "lovasz", "loading", "oks")
 TOUR = ("unet", "vae", "seg", "train-seg", "vpd", "depth", "pose")  # without --items
 TOUR_COMPILED = ("unet", "vae", "seg", "train-seg")  # the others' graphs are alike
-GPU_SECONDS = 400  # a tour begins no further row after that
+GPU_SECONDS = 360  # a tour begins no further item after that
 HEADER = ("| case | type | mode | batch | ours, s | diffusers, s | ratio | of the matmul's peak "
           "| first call, s | GB |")
 LOADERS = {  # run in a process of their own; every weight is read once, so that mapping is no trick
@@ -73,78 +74,76 @@ print(next(line.split()[1] for line in open('/proc/self/status') if line.startsw
 # ------------------------------------------------------------------------------------------------
 # UNet and VAE encoder
 
-def modes_of(args, item: str) -> tuple[str, ...]:
-    """Eager first, whose FLOPs are counted; a tour compiles TOUR_COMPILED only."""
-    if args.mode:
-        return tuple(mode for mode in ("eager", "compiled") if mode in args.mode)
-    return ("eager", "compiled") if item in TOUR_COMPILED else ("eager",)
-
-
-def modules(args, device, item: str):
-    """Rows of UNet or VAE encoder on its own, weights and inputs in the same precision."""
-    ours, peer, inputs = (unet_case if item == "unet" else vae_case)(args, device)
-    name = {"unet": "UNet forward", "vae": "VAE encode"}[item]
-    for dtype in args.dtype:
-        gflops = None
-        ours.to(dtype), peer.to(dtype)
-        cast = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-        for mode in modes_of(args, item):
-            sides = {"ours": ours, "peer": peer}
-            if mode == "compiled":
-                gflops = gflops or {side: 0.0 for side in sides}
-                torch.compiler.reset()
-                for side, module in sides.items():
-                    module.to(memory_format=torch.channels_last)
-                    sides[side] = torch.compile(module)
-            calls = {side: forward_of(module, cast) for side, module in sides.items()}
-            row = {"case": name, "dtype": short(dtype), "mode": mode, "batch": len(inputs[0])}
-            yield measure(row, calls, dtype, args.rounds, device, gflops)
-            gflops = {side: row[f"{side}_gflop"] for side in sides}
-        ours.to(memory_format=torch.contiguous_format)
-
-
-# ------------------------------------------------------------------------------------------------
-# Whole training steps and whole inference
-
 def short(dtype: torch.dtype) -> str:
     """float32 or bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
-def steps(args, device, item: str):
-    """Rows of a prediction or a training step by T and precision, eager, then compiled."""
+def flops_of(row: dict, flops: dict) -> dict | None:
+    """What the eager row of a compiled one has counted, 0 where there was none; None if eager."""
+    found = flops.setdefault((row["case"], row["dtype"]), {"ours": 0.0, "peer": 0.0})
+    return None if row["mode"] == "eager" else found
+
+
+def keep_flops(row: dict, flops: dict) -> None:
+    """Note what an eager row has counted."""
+    found = flops[row["case"], row["dtype"]]
+    found.update({side: row.get(f"{side}_gflop", 0.0) for side in found})
+
+
+def modules(args, device, item: str, mode: str, flops: dict):
+    """Rows of UNet or VAE encoder on its own, weights and inputs in the same precision."""
+    ours, peer, inputs = (unet_case if item == "unet" else vae_case)(args, device)
+    for dtype in args.dtype:
+        row = {"case": {"unet": "UNet forward", "vae": "VAE encode"}[item], "dtype": short(dtype),
+               "mode": mode, "batch": len(inputs[0])}
+        cast = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+        calls = {}
+        torch.compiler.reset()
+        for side, module in (("ours", ours), ("peer", peer)):
+            module.to(dtype)
+            if mode == "compiled":
+                module.to(memory_format=torch.channels_last)
+                module = torch.compile(module)
+            calls[side] = forward_of(module, cast)
+        yield measure(row, calls, dtype, args.rounds, device, flops_of(row, flops))
+        keep_flops(row, flops)
+
+
+# ------------------------------------------------------------------------------------------------
+# Whole training steps and whole inference
+
+def steps(args, device, item: str, mode: str, flops: dict):
+    """Rows of a prediction or a training step by T and precision."""
     training, name = item.startswith("train-"), item.removeprefix("train-")
     for passes in args.T if name != "vpd" else [1]:
         recipe = sized_recipe(args, name, passes, training)
+        case = f"{name}{'' if name == 'vpd' else f' T={passes}'} " \
+               f"{'training' if training else 'inference'}"
         for dtype in args.dtype:
             ours = our_model(recipe, device)
-            models, gflops = {"ours": ours, "peer": composed(ours)}, None
-            for mode in modes_of(args, item):
-                if mode == "compiled":
-                    compile_both(models)
-                    gflops = gflops or {side: 0.0 for side in models}
-                row = {"case": f"{name}{'' if name == 'vpd' else f' T={passes}'} "
-                               f"{'training' if training else 'inference'}",
-                       "dtype": short(dtype), "mode": mode, "batch": recipe.batch}
-                yield step_row(row, models, recipe, args, device, dtype, gflops)
-                gflops = {side: row.get(f"{side}_gflop", 0.0) for side in models}
+            models = {"ours": ours, "peer": composed(ours)}
+            if mode == "compiled":
+                compile_both(models)
+            row = {"case": case, "dtype": short(dtype), "mode": mode, "batch": recipe.batch}
+            yield step_row(row, models, recipe, args, device, dtype, flops)
 
 
-def step_row(row: dict, models: dict, recipe, args, device, dtype, gflops) -> dict:
+def step_row(row: dict, models: dict, recipe, args, device, dtype, flops: dict) -> dict:
     """Complete a row; if the GPU's memory does not suffice, say so in it."""
     training = row["case"].endswith("training")
     try:
         calls = step_calls(models, recipe, training, device, dtype)
-        measure(row, calls, dtype, args.rounds, device, gflops)
+        measure(row, calls, dtype, args.rounds, device, flops_of(row, flops))
         if args.memory and device.type == "cpu" and row["mode"] == "eager":
             item = ("train-" if training else "") + row["case"].split()[0]
             for side in models:
                 row[f"{side}_gb"] = peak_alone(args, side, item, recipe, row["dtype"],
                                                args.gradient_checkpointing)
+        keep_flops(row, flops)
     except torch.cuda.OutOfMemoryError as error:
         row["ratio"] = "out of memory"
         print(str(error).split(". ")[0])
-    models["ours"].zero_grad(set_to_none=True)           # left behind by a step that failed
     return row
 
 
@@ -245,27 +244,38 @@ def evaluation_of_people():
 # ------------------------------------------------------------------------------------------------
 # The table
 
-def rows_of(args, device, item: str):
+def modes_of(args, item: str) -> tuple[str, ...]:
+    """How an item is measured; a tour compiles TOUR_COMPILED only."""
+    if item not in ("unet", "vae", *STEPS):
+        return ("eager",)
+    return args.mode or (("eager", "compiled") if item in TOUR_COMPILED else ("eager",))
+
+
+def rows_of(args, device, item: str, mode: str, flops: dict):
     """The rows of an item, but for growth, which has a table of its own."""
     if item in ("unet", "vae"):
-        return modules(args, device, item)
+        return modules(args, device, item, mode, flops)
     if item in STEPS:
-        return steps(args, device, item)
+        return steps(args, device, item, mode, flops)
     return {"checkpointing": lambda: checkpointing(args), "lovasz": lambda: lovasz(args, device),
             "loading": lambda: loading(args.rounds), "oks": evaluation_of_people}[item]()
 
 
 def measured(args, device):
-    """The rows that the flags ask for; a tour on a GPU ends in time, and says what it left out."""
-    start, limited = time.perf_counter(), args.items is None and device.type == "cuda"
-    for item in args.items or TOUR:
-        if item == "growth":
-            continue
-        for row in rows_of(args, device, item):
-            yield row
-            if limited and time.perf_counter() - start > GPU_SECONDS:
-                print(f"time is up after {row['case']}, {row['mode']}; the rest: --items")
-                return
+    """The rows that the flags ask for, eager ones first, which take no time to compile; a tour on a
+    GPU ends in time, and says what it left out.
+    """
+    start, flops = time.perf_counter(), {}
+    seconds = GPU_SECONDS if args.items is None and device.type == "cuda" else float("inf")
+    for mode in ("eager", "compiled"):
+        for item in args.items or TOUR:
+            if item == "growth" or mode not in modes_of(args, item):
+                continue
+            if time.perf_counter() - start > seconds:
+                print(f"time is up, left out: --items {item} --mode {mode}")
+                continue
+            yield from rows_of(args, device, item, mode, flops)
+            gc.collect()                                 # a peer and its hooks know each other
 
 
 def number(value, digits: str) -> str:
@@ -357,14 +367,17 @@ def run(args, device) -> dict:
     """Measure; print each row when it is there, and how far it can be trusted."""
     rows, start, load = [], time.perf_counter(), os.getloadavg()[0]
     report = {"torch": torch.__version__, "machine": machine(args, device), "rows": rows}
-    print(report["machine"], HEADER, "|---" * HEADER.count(" | ") + "|---|", sep="\n")
+    print(report["machine"])
+    if args.items != ["growth"]:
+        print(HEADER, "|---" * HEADER.count(" | ") + "|---|", sep="\n")
     for row in measured(args, device):
         rows.append(row)
         print(line(row), flush=True)
         report["seconds"] = time.perf_counter() - start
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(report.setdefault("noise", noise_line(rows, load)))
+    if rows:
+        print(report.setdefault("noise", noise_line(rows, load)))
     if "growth" in (args.items or ()):
         report["growth"] = benchmark_growth.measured(args, device)
         if args.picture:
@@ -380,10 +393,10 @@ def main() -> None:
     if args.alone:
         print(json.dumps({"peak_gb": alone(args, device)}))
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         if any("compiled" in modes_of(args, item) for item in args.items or TOUR):
-            torch.compile(torch.sin)(torch.ones(2, device=device))  # load the compiler itself
+            torch.compile(lambda x: x.sin())(torch.ones(2, device=device))  # loads the compiler
         report = run(args, device)
     print(json.dumps(report))
 

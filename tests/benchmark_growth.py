@@ -3,9 +3,10 @@
 Of tests/benchmark.py --items growth.  Segmentation, of which one of T, N and the image's side is
 changed at a time.  T x UNet is what T passes of the UNet alone take, on the same latents and
 prompts; what is left are encoder, neck, head, and the way back to the latents.
+Time: on a CPU that of its cores, added up, which other processes do not lengthen much.
 Memory: of the tensors that a call makes, at their peak, without the weights.
 """
-import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,8 +50,8 @@ def measured(args, device: torch.device) -> list[dict]:
         row = {"axis": axis, "T": T, "N": N, "pixels": side, **known[tuple(setting)]}
         rows.append(row)
         print(f"| {T} | {N} | {side} | {row['s']:.4g} ±{row['spread'] or 0:.0%} | "
-              f"{row['unet_s']:.4g} | {row['s'] / row['unet_s'] - 1:.0%} | {row['gb']:.3f} | "
-              f"{row['unet_gb']:.3f} |", flush=True)
+              f"{row['unet_s']:.4g} | {row['s'] / row['unet_s'] - 1:.0%} | {row['gb']:.3g} | "
+              f"{row['unet_gb']:.3g} |", flush=True)
     return rows
 
 
@@ -76,9 +77,10 @@ def point(args, device: torch.device, T: int, N: int, side: int) -> dict:
             return model.unet(latents, model.timestep(0), model.context(0))
 
     found = {"gb": activations(model, whole, device), "unet_gb": activations(model, unet, device)}
-    times = take_turns({"whole": whole, "unet": unet}, args.rounds, device)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    times = take_turns({"whole": whole, "unet": unet}, args.rounds, device, clock)
     return {**found, "s": min(times["whole"]), "unet_s": T * min(times["unet"]),
-            "spread": spread(times["whole"]), "median_s": statistics.median(times["whole"])}
+            "spread": spread(times["whole"])}
 
 
 def activations(model: torch.nn.Module, call, device: torch.device) -> float:
