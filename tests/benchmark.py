@@ -381,7 +381,8 @@ def run(args, device) -> dict:
     if "growth" in (args.items or ()):
         report["growth"] = benchmark_growth.measured(args, device)
         if args.picture:
-            benchmark_growth.draw_growth(args.picture, report["growth"], report["machine"])
+            clock = "" if device.type == "cuda" else "; time: of the CPU's cores"
+            benchmark_growth.draw_growth(args.picture, report["growth"], report["machine"] + clock)
     return report
 
 

@@ -49,7 +49,8 @@ def measured(args, device: torch.device) -> list[dict]:
             known[tuple(setting)] = point(args, device, T, N, side)
         row = {"axis": axis, "T": T, "N": N, "pixels": side, **known[tuple(setting)]}
         rows.append(row)
-        print(f"| {T} | {N} | {side} | {row['s']:.4g} ±{row['spread'] or 0:.0%} | "
+        noise = "" if row["spread"] is None else f" ±{row['spread']:.0%}"
+        print(f"| {T} | {N} | {side} | {row['s']:.4g}{noise} | "
               f"{row['unet_s']:.4g} | {row['s'] / row['unet_s'] - 1:.0%} | {row['gb']:.3g} | "
               f"{row['unet_gb']:.3g} |", flush=True)
     return rows

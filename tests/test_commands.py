@@ -120,7 +120,8 @@ def no_settings(words, key):
     return ["--device", "cpu"]
 
 
-BENCHMARK = "--width tiny --size 8 --rounds 1 --dtype float32 --T 1 --mode eager --device cpu".split()
+BENCHMARK = ("--width tiny --size 8 --rounds 1 --dtype float32 --T 1 --mode eager "
+             "--device cpu").split()
 PROGRAMS = {  # script or module -> (flags to append, what it must print)
     "train.py": (train_settings, r"^wrote (runs/\S+)/ \(|^usage: "),
     "eval.py": (lambda words, key: ["--workers", "0", "--device", "cpu"],
