@@ -246,8 +246,9 @@ def print_plan(recipe: Recipe, model: MetaPromptModel, device, dtype) -> None:
     devices = f"{parallel.world()} x {device}" if parallel.world() > 1 else device
     asked = "VPD" if recipe.method == "vpd" else \
         f"T = {recipe.model.refine_steps}, N = {recipe.model.num_prompts}"
+    how = "compiled, " if compiles(recipe.compile, device, recipe.iterations) else ""
     print(f"model      {every:.1f} M parameters, {trained:.1f} M trained; {asked}\n"
-          f"device     {devices}, {dtype}, torch {torch.__version__}\nout        {recipe.out}",
+          f"device     {devices}, {dtype}, {how}torch {torch.__version__}\nout        {recipe.out}",
           flush=True)
 
 
