@@ -35,7 +35,8 @@ import data
 import eval as evaluation
 from model import Config, MetaPromptModel
 from ops import muon, parallel, rounding
-from ops.device import autocast, cast_weights, device_of, pick_device, pick_precision
+from ops.device import (autocast, cast_weights, compiles, device_of, pick_device,
+                        pick_precision)
 from ops.errors import InputError, run_command
 from ops.settings import leaves
 from sets.ade20k import read_names
@@ -245,8 +246,9 @@ def print_plan(recipe: Recipe, model: MetaPromptModel, device, dtype) -> None:
     devices = f"{parallel.world()} x {device}" if parallel.world() > 1 else device
     asked = "VPD" if recipe.method == "vpd" else \
         f"T = {recipe.model.refine_steps}, N = {recipe.model.num_prompts}"
+    how = "compiled, " if compiles(recipe.compile, device, recipe.iterations) else ""
     print(f"model      {every:.1f} M parameters, {trained:.1f} M trained; {asked}\n"
-          f"device     {devices}, {dtype}, torch {torch.__version__}\nout        {recipe.out}",
+          f"device     {devices}, {dtype}, {how}torch {torch.__version__}\nout        {recipe.out}",
           flush=True)
 
 
@@ -257,8 +259,9 @@ def loop(recipe: Recipe, model: MetaPromptModel, optimizer, state: State, batche
          dtype: torch.dtype, stop) -> State:
     """The steps from state.step on, each in the order that it happens in."""
     run, device = Path(recipe.out), device_of(model)
+    if compiles(recipe.compile, device, recipe.iterations):
+        methods.compile_parts(model)
     loss_of = parallel.distribute(model)
-    loss_of = torch.compile(loss_of) if recipe.compile else loss_of
     log = Log(run / "metrics.jsonl", state.step)
     if state.step and due(state.step, recipe.eval_every, recipe) and state.evaluated < state.step:
         state = validate(recipe, model, val_set, dtype, state, log)  # it was killed before that
@@ -343,8 +346,9 @@ def validate(recipe: Recipe, model: MetaPromptModel, val_set, dtype: torch.dtype
     run, task = Path(recipe.out), TASKS[recipe.task]
     sheet = run / "pictures" / f"step_{state.step:06d}.png" if parallel.rank() == 0 else None
     model.eval()
-    metrics = task.evaluate(model, val_set, recipe.protocol, dtype, workers=recipe.workers,
-                            sheet=sheet)
+    with torch.compiler.set_stance("force_eager"):       # images have many sizes: a graph for each
+        metrics = task.evaluate(model, val_set, recipe.protocol, dtype, workers=recipe.workers,
+                                sheet=sheet)
     model.train()
     log.write({"step": state.step, **{k: v for k, v in metrics.items() if isinstance(v, float)}})
     tqdm.write(f"step {state.step}: {evaluation.summary(metrics)}")

@@ -1,5 +1,6 @@
 """Where and in which precision a model runs, and whether a tensor has values at all."""
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ops.errors import InputError
+
+LONG = 5000  # training steps that win back the minutes which compiling takes
 
 
 def pick_device(name: str) -> torch.device:
@@ -45,6 +48,18 @@ def device_of(model: nn.Module) -> torch.device:
 def to_batch(image: np.ndarray, device: torch.device) -> Tensor:
     """An image (H, W, 3) uint8 as a batch of one, (1, 3, H, W) float32 in [0, 1]."""
     return torch.tensor(image, device=device).permute(2, 0, 1)[None].float() / 255
+
+
+def compiles(wanted: str, device: torch.device, steps: int) -> bool:
+    """Whether `steps` training steps are compiled: "on", "off", or "auto", which is on for a GPU
+    that Triton serves, from LONG steps on.
+
+    On CPUs it is off: no compiled UNet has been faster there than an eager one.
+    """
+    if wanted != "auto":
+        return wanted == "on"
+    return device.type == "cuda" and steps >= LONG and find_spec("triton") is not None \
+        and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def autocast(device: torch.device, dtype: torch.dtype):

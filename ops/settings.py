@@ -20,6 +20,7 @@ LIMITS = {
     "box": ("nyu", "garg", "eigen"),
     "schedule": ("poly", "two-phase", "step", "power"),
     "precision": ("auto", "bfloat16", "float32"), "weights": ("float32", "bfloat16"),
+    "compile": ("auto", "on", "off"),
     "num_prompts": (1, 65536), "num_tokens": (1, 65536), "timestep": (0, 999),
     "refine_steps": (1, 100), "latent_scale": (1e-6, 1e6),
     "num_classes": (0, 255), "head_channels": (1, 65536), "max_depth": (0.01, 1e5),

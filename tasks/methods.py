@@ -80,6 +80,18 @@ def load_official(path: Path, config: Config | VPDConfig) -> MetaPromptModel | V
     return model
 
 
+def compile_parts(model: nn.Module, backend="inductor") -> None:
+    """Compile the encoder, the UNet's blocks and the neck, in place: T passes share their graphs,
+    which are made in a T-th of the time of the whole model's.
+
+    Every size is compiled anew, for a run has one crop: "dynamic" would make graphs of any size of
+    all blocks but the first, as they have their code in common and not their sizes.
+    """
+    unet = model.unet
+    for part in (model.vae, *unet.down_blocks, unet.mid_block, *unet.up_blocks, model.neck):
+        part.compile(backend=backend, dynamic=False)
+
+
 # ------------------------------------------------------------------------------------------------
 # VPD's words
 

@@ -59,7 +59,7 @@ class Recipe:
     seed: int = 0  # of everything random
     precision: str = "auto"  # bfloat16 autocast where it is fast; or float32
     weights: str = "float32"  # or bfloat16: half the bytes to train a weight, see ops/rounding.py
-    compile: bool = False  # torch.compile the model
+    compile: str = "auto"  # on, off; auto: on for 5000 steps or more on a GPU with Triton
     gradient_checkpointing: bool = True  # recompute UNet blocks instead of storing them; official
     device: str = "auto"  # cpu, cuda or cuda:NUMBER
     workers: int = 4  # processes that load data
@@ -294,6 +294,8 @@ def read_recipe(path: Path) -> Recipe:
         kind = config_kind(values.get(name)) if name == "model" else type(getattr(row, name))
         nested[name] = from_dict(kind, values.get(name), f"{path}: {name}")
     newer = {"unet": None, "weights": "float32"}         # which files of older versions lack
+    if isinstance(values.get("compile"), bool):          # as they wrote it
+        values["compile"] = "on" if values["compile"] else "off"
     recipe = from_dict(Recipe, {**newer, **values, **nested}, str(path))
     check(recipe)
     return recipe

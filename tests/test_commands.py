@@ -120,7 +120,8 @@ def no_settings(words, key):
     return ["--device", "cpu"]
 
 
-BENCHMARK = "--width tiny --size 8 --rounds 1 --dtype float32 --task seg --T 1 --device cpu".split()
+BENCHMARK = ("--width tiny --size 8 --rounds 1 --dtype float32 --T 1 --mode eager "
+             "--device cpu").split()
 PROGRAMS = {  # script or module -> (flags to append, what it must print)
     "train.py": (train_settings, r"^wrote (runs/\S+)/ \(|^usage: "),
     "eval.py": (lambda words, key: ["--workers", "0", "--device", "cpu"],
@@ -135,7 +136,7 @@ PROGRAMS = {  # script or module -> (flags to append, what it must print)
     "tools.prompts": (lambda words, key: [], r"^wrote (\S+): \d+ names, \d+ wide"),
     "tools.memory": (lambda words, key: ["--backbone", "tiny", "--crop", "64", "--device", "cpu"],
                      r"^about .* GB|^fits .*--micro-batch \d+$"),
-    "tests/benchmark.py": (lambda words, key: BENCHMARK, r'^{"torch": .*"rows": \[{'),
+    "tests/benchmark.py": (lambda words, key: BENCHMARK, r'^{"torch": .*"rows": \['),
     "pytest": (lambda words, key: ["--collect-only", "-p", "no:cacheprovider"],
                r"^\d+(/\d+)? tests collected"),
 }

@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from heads import lovasz_softmax
 from model import Config, MetaPromptModel
-from ops.device import (autocast, cast_weights, descending, device_of, has_data, pick_device,
-                        pick_precision, to_batch)
+from ops import device as rules
+from ops.device import (autocast, cast_weights, compiles, descending, device_of, has_data,
+                        pick_device, pick_precision, to_batch)
 from ops.errors import InputError
 from unet import UNetConfig
 from vae import VAEConfig
@@ -77,6 +78,21 @@ def test_cast_weights_give_the_same_answers(task):
         sizes.append(sum(p.nbytes for p in model.parameters()))
         cast_weights(model, torch.bfloat16)
     assert torch.equal(*answers) and sizes[1] < 0.55 * sizes[0]
+
+
+def test_what_is_compiled(monkeypatch):
+    """What is said; on its own long runs on a GPU, if Triton is there and serves it."""
+    gpu, ability, found = torch.device("cuda"), [(8, 0)], ["triton"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ability[0])
+    monkeypatch.setattr(rules, "find_spec", lambda name: name if name in found else None)
+    assert compiles("on", CPU, 1) and not compiles("off", gpu, 10**6)
+    assert compiles("auto", gpu, 5000) and not compiles("auto", gpu, 4999)
+    assert not compiles("auto", CPU, 10**6)
+    ability[0] = (6, 1)
+    assert not compiles("auto", gpu, 5000)
+    ability[0] = (8, 0)
+    found.clear()
+    assert not compiles("auto", gpu, 5000)
 
 
 def test_only_eager_tensors_have_data():

@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import command, noise, read_png, refused, save_image, write_run
+from oracles import randomise
 from safetensors.torch import load_file, save_file
+from torch._dynamo.backends.debugging import aot_eager
 from vpd_fixture import fixture, vpd_contents
 
 import eval as evaluation
@@ -22,6 +24,8 @@ from tasks import depth, methods
 from tasks.flags import resolve
 from tasks.recipes import ROWS, find_recipe, read_recipe
 from tools import ablate, heatmaps, memory
+from unet import UNetConfig
+from vae import VAEConfig
 from vpd.model import VPDModel
 from vpd.prompts import IMAGENET, ONE, embed_names
 from weights.files import TINY_SD
@@ -185,6 +189,39 @@ def test_what_a_method_has_not_is_refused_in_one_line(tmp_path, monkeypatch, cap
     code, stderr = refused(train.main, monkeypatch, capsys, *flags, "--out", tmp_path / "r")
     assert code == 2 and stderr.count("\n") == 1 and message in stderr, stderr
     assert not (tmp_path / "r").exists()
+
+
+def gradients(model):
+    """{name: gradient} of a batch's losses."""
+    model.zero_grad()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
+    sum(model.loss(images, torch.zeros(2, 64, 64, dtype=torch.long)).values()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_passes_share_compiled_parts(method):
+    """Each part becomes one graph, whatever T, with checkpointing: the same gradients, in float64.
+    """
+    recipe = find_recipe("seg", "ade20k", method)
+    model = replace(recipe.model, num_classes=3, head_channels=16, dropout=0.0,
+                    unet=UNetConfig((32, 32, 64, 64), 1, num_heads=2, context_dim=16),
+                    vae=VAEConfig((32,) * 4, 1))
+    model = randomise(methods.kind_of(model)(model)).double().train()
+    model.unet.gradient_checkpointing = True
+    expected, graphs = gradients(model), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    methods.compile_parts(model, count)
+    for _ in range(2):
+        found = gradients(model)
+    assert len(graphs) == 11 and found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9)
 
 
 def test_tools_of_meta_prompts_refuse_vpd(run, tmp_path, monkeypatch, capsys):

@@ -151,3 +151,11 @@ def test_an_older_flat_recipe_is_refused_with_what_to_do(tmp_path):
         read_recipe(path)
     with pytest.raises(InputError, match="older version"):
         resolve(["--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize("written, read", [(False, "off"), (True, "on"), ("auto", "auto")])
+def test_an_older_recipe_says_compile_as_a_bool(tmp_path, written, read):
+    """false is off, so that such a run goes on as it was."""
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({**asdict(RECIPES["seg", "shapes"]), "compile": written}))
+    assert read_recipe(path) == replace(RECIPES["seg", "shapes"], compile=read)
