@@ -39,7 +39,7 @@ from sets.files import IMAGE_SUFFIXES, check_outside, load_image, output_names
 from tasks import TASKS, card, depth, methods, seg
 from tasks.flags import Parser, add_flags, check_idle, flag_paths, parse, show, with_flags
 from tasks.predictor import find_checkpoint, recipe_of, with_max_side
-from tasks.recipes import Recipe, find_recipe, weights_of
+from tasks.recipes import Recipe, find_recipe
 from tasks.recipes import check as check_recipe
 from weights.checkpoint import write_json, write_text
 
@@ -66,7 +66,7 @@ def main() -> None:
     cast_weights(model, dtype)
     print(f"model      {source}: {model.config}\nprotocol   {recipe.protocol}\n"
           f"device     {device}, {dtype}\nout        {out}")
-    methods.with_reader(model.to(device).eval(), weights_of(recipe))
+    methods.with_reader(model.to(device).eval(), recipe.backbone)
     if args.image:
         predict_pictures(model, recipe, args, out, dtype)
     else:

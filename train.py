@@ -45,7 +45,7 @@ from sets.nyu_kitti import SCENES
 from tasks import TASKS, card, depth, methods
 from tasks.captioned import CAPTIONS
 from tasks.flags import read_prompts, resolve
-from tasks.recipes import Recipe, backbone_of, check_model, lr_factor, read_recipe, weights_of
+from tasks.recipes import Recipe, backbone_of, check_model, lr_factor, read_recipe
 from vae import VAEEncoder
 from weights import checkpoint
 from weights.checkpoint import State
@@ -117,7 +117,7 @@ def begin(recipe: Recipe, resume: bool, names: tuple[str, ...], device: torch.de
         model = cast_weights(model, pick_precision(recipe.weights, device)).to(device)
         optimizer = build_optimizer(model, recipe)
     model.unet.gradient_checkpointing = recipe.gradient_checkpointing
-    return methods.with_reader(model, weights_of(recipe)), optimizer, state
+    return methods.with_reader(model, recipe.backbone), optimizer, state
 
 
 def continued(recipe: Recipe, names: tuple[str, ...], device: torch.device):
@@ -174,7 +174,7 @@ def build_model(recipe: Recipe, names: tuple[str, ...]) -> MetaPromptModel:
         prompts = recipe.prompts and read_prompts(Path(recipe.prompts),
                                                   recipe.model.unet.context_dim)
         print(f"backbone   {backbone_of(recipe)}; VPD")
-        return methods.new_vpd(recipe.model, names, weights_of(recipe), prompts,
+        return methods.new_vpd(recipe.model, names, recipe.backbone, prompts,
                                recipe.unet).train()
     config = replace(recipe.model, num_classes=len(names), class_names=names)
     if recipe.init_from:
@@ -183,12 +183,12 @@ def build_model(recipe: Recipe, names: tuple[str, ...]) -> MetaPromptModel:
         print("backbone   RANDOM weights: the VAE encoder is trained, too")
         model = MetaPromptModel(config)
     elif recipe.init == "random-unet":
-        encoder = VAEEncoder.from_pretrained(weights_of(recipe))
+        encoder = VAEEncoder.from_pretrained(recipe.backbone)
         unet = replace(config.unet, latent_channels=encoder.config.latent_channels)
         model = MetaPromptModel(replace(config, unet=unet, vae=encoder.config), encoder)
         print(f"backbone   RANDOM UNet; VAE encoder of {recipe.backbone}, frozen")
     else:
-        model = methods.kind_of(config).from_stable_diffusion(config, weights_of(recipe),
+        model = methods.kind_of(config).from_stable_diffusion(config, recipe.backbone,
                                                               recipe.unet)
         print(f"backbone   {backbone_of(recipe)}")
     if recipe.prompts not in (None, CAPTIONS):

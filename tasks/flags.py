@@ -20,7 +20,7 @@ from torch import Tensor
 from ops.errors import InputError
 from ops.settings import checked, comments, leaves, with_leaves
 from tasks.captioned import CAPTIONS, CaptionConfig
-from tasks.recipes import ROWS, Recipe, check, find_recipe, read_recipe, tiny, weights_of
+from tasks.recipes import ROWS, Recipe, check, find_recipe, read_recipe, tiny
 from vpd.text import Tokenizer
 from weights.files import read_tensors
 
@@ -286,7 +286,7 @@ def caption_length(recipe: Recipe) -> int:
     if recipe.init != "pretrained" or recipe.init_from:
         raise InputError(f"--prompts {CAPTIONS} is about a pretrained backbone, whose own text "
                          "encoder reads them: leave out --init and --init-from")
-    return Tokenizer.from_pretrained(weights_of(recipe)).length
+    return Tokenizer.from_pretrained(recipe.backbone).length
 
 
 def has_captions(recipe: Recipe) -> bool:

@@ -18,7 +18,7 @@ from ops.settings import checked
 from sets.coco import read_box
 from sets.files import load_image, to_rgb
 from tasks import TASKS, depth, methods, pose, refer, seg
-from tasks.recipes import Recipe, check_model, find_recipe, read_recipe, weights_of
+from tasks.recipes import Recipe, check_model, find_recipe, read_recipe
 from weights.files import find_model, upload_model
 
 
@@ -49,7 +49,7 @@ class Predictor:
         model = methods.load(folder)
         recipe = recipe_of(folder, model.config, pictures=True)
         recipe = with_max_side(replace(recipe, model=model.config))
-        methods.with_reader(model.to(device), weights_of(recipe))
+        methods.with_reader(model.to(device), recipe.backbone)
         return cls(model, recipe, pick_precision(precision, device), folder)
 
     def predict(self, image, boxes: list | None = None, sentence: str | None = None):

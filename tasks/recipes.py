@@ -21,7 +21,7 @@ from tasks.methods import METHODS, config_kind, method_of
 from unet import UNetConfig
 from vae import VAEConfig
 from vpd.model import VPDConfig
-from weights.files import SD15, TINY_SD
+from weights.files import SD15
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,6 @@ def lr_factor(step: int, recipe: Recipe) -> float:
     if step < recipe.warmup:
         factor *= 1 - (1 - step / recipe.warmup) * (1 - recipe.warmup_ratio)
     return factor
-
-
-def weights_of(recipe: Recipe) -> str:
-    """Where the backbone's pretrained weights are: a hub id or a path."""
-    return str(TINY_SD) if recipe.backbone == "tiny" else recipe.backbone
 
 
 def backbone_of(recipe: Recipe) -> str:

@@ -127,7 +127,7 @@ def test_a_run_reads_true_captions_of_a_fixed_length(run):
     """N is the tokenizer's 32, whatever the caption; the samples' captions are what is read, and
     the text encoder is no part of the model."""
     made, folder = run
-    model = methods.with_reader(methods.load(folder / "best"), str(train.weights_of(made)))
+    model = methods.with_reader(methods.load(folder / "best"), made.backbone)
     assert made.model.num_prompts == model.config.num_prompts == 32
     sample = data.open_set(made, "val")[0, 0]
     assert methods.text_of(model, {"caption": [sample["caption"]]}).shape == (1, 32, 64)

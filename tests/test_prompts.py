@@ -71,7 +71,7 @@ def test_the_file_is_what_train_reads(tmp_path, monkeypatch, capsys):
     """One tensor (N, D), which --prompts takes; the command says what it wrote."""
     out = tmp_path / "new" / "prompts.safetensors"
     names = write_names(tmp_path / "names.txt")
-    command(prompts.main, monkeypatch, "--classes", names, "--backbone", TINY_SD, "--out", out)
+    command(prompts.main, monkeypatch, "--classes", names, "--backbone", "tiny", "--out", out)
     assert torch.equal(read_prompts(out, 64), embed_names(NAMES, ONE, str(TINY_SD)))
     assert f"wrote {out}: 3 names, 64 wide, norms " in capsys.readouterr().out
     command(prompts.main, monkeypatch, "--classes", names, "--backbone", TINY_SD, "--out",

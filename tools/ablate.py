@@ -28,7 +28,7 @@ from ops.settings import checked, fits, leaves
 from tasks import TASKS
 from tasks.captioned import CAPTIONS
 from tasks.flags import Parser, finish, has_captions, read_prompts, resolve, with_flags
-from tasks.recipes import Recipe, read_recipe, weights_of
+from tasks.recipes import Recipe, read_recipe
 from train import train
 from vpd.prompts import ONE, embed_names
 from weights.runs import RunFolder, read_log
@@ -153,7 +153,7 @@ def write_prompts(recipe: Recipe, variant: Variant, seed: int) -> None:
     """The file of a run with fixed prompts, unless it is there; InputError if it holds others."""
     path, D = Path(recipe.prompts), recipe.model.unet.context_dim
     if variant.name == "label-prompts":
-        prompts = embed_names(recipe.files.classes().names, ONE, weights_of(recipe))
+        prompts = embed_names(recipe.files.classes().names, ONE, recipe.backbone)
     else:
         prompts = orthogonal_prompts(recipe.model.num_prompts, D, seed)
     if path.is_file() and len(read_prompts(path, D)) != len(prompts):

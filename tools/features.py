@@ -30,7 +30,6 @@ from tasks import methods
 from tasks.common import SMALLEST, bounded
 from tasks.flags import Parser
 from tools.heatmaps import readable
-from weights.files import TINY_SD
 
 ROWS = 8  # pictures in a sheet
 SCENES, SCENE_SIDE = 4, 256  # without --image
@@ -88,8 +87,7 @@ def load(args) -> tuple:
         torch.manual_seed(0)                             # of the prompts
         config = Config(refine_steps=max(passes), modulated_timestep=False,
                         head_channels=1)                 # the head is not asked
-        source = str(TINY_SD) if args.backbone == "tiny" else args.backbone
-        return MetaPromptModel.from_stable_diffusion(config, source, args.unet), passes
+        return MetaPromptModel.from_stable_diffusion(config, args.backbone, args.unet), passes
     source = evaluation.find_checkpoint(args.checkpoint)
     model = methods.load(source)
     if model.config.task == "refer":

@@ -39,7 +39,7 @@ from tools.pretrain import HELD_OUT
 from unet import UNet
 from vpd.text import TextEncoder, Tokenizer
 from weights.checkpoint import write_json
-from weights.files import TINY_SD
+from weights.files import local
 
 OBJECTS = CLASSES[2:]  # all but sky and ground
 SIZE = Settings().size  # pixels; side of scenes and samples
@@ -68,7 +68,7 @@ def main() -> None:
     out = Path(args.out or Path(args.checkpoint) / "captions")
     check_folder("--out", str(out))
     judge = load_judge(args.checkpoint)
-    parts = load_backbone(str(TINY_SD) if args.backbone == "tiny" else args.backbone)
+    parts = load_backbone(str(local(args.backbone)))
     texts, scenes = held_out(args.captions)
     samples = draw_samples(*parts, texts, args.sample_steps, args.guidance)
     own, truth = segment(judge, samples), segment(judge, scenes)

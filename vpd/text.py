@@ -26,7 +26,7 @@ from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, HfHub
 from torch import Tensor, nn
 
 from ops.errors import InputError, read_json, read_object
-from weights.files import SD15, assemble, check_config, dimension, read_tensors
+from weights.files import SD15, assemble, check_config, dimension, local, read_tensors
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")  # in the order in which they are tried
@@ -190,7 +190,7 @@ def read_encoder(source: str) -> tuple[dict[str, Tensor], dict, Path]:
 
     The config is empty for a single LDM file.
     """
-    file = Path(source).expanduser()
+    file = local(source)
     if file.is_file():
         return read_tensors(file, LDM_PREFIX), {}, file
     config, path = fetch(source, "text_encoder", ("config.json", "model.safetensors"))
@@ -227,7 +227,7 @@ def fetch(source: str, part: str, names: tuple[str, ...]) -> list[Path]:
     """Paths of files in `part`/ of a local folder or a hub id, or at its root if it is CLIP's own;
     InputError for the first lacking.
     """
-    folder = Path(source).expanduser()
+    folder = local(source)
     if folder.is_dir():
         clip = (folder / "vocab.json").is_file() and not (folder / part).is_dir()
         place = folder if clip else folder / part
@@ -253,7 +253,7 @@ def tokenizer_files(source: str) -> list[Path]:
     A single file has no tokenizer: one beside it is taken, else Stable Diffusion's from the hub.
     """
     names = ("vocab.json", "merges.txt", "tokenizer_config.json")
-    file = Path(source).expanduser()
+    file = local(source)
     if not file.is_file():
         return fetch(source, "tokenizer", names)
     if (file.parent / "tokenizer").is_dir():

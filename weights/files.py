@@ -40,14 +40,19 @@ IGNORED = {"unet": (), "vae": ("decoder.", "post_quant_conv.")}  # not part of t
 # ------------------------------------------------------------------------------------------------
 # Finding and reading
 
+def local(source: str) -> Path:
+    """The path that a source may be; "tiny" is our own small model."""
+    return TINY_SD if source == "tiny" else Path(source).expanduser()
+
+
 def find_files(source: str, part: str) -> tuple[Path | None, Path]:
     """Paths of (config.json or None for a single file, weights) of `part` = "unet" or "vae".
 
-    `source` is a local folder, a local .safetensors file or a Hugging Face repository id; a local
-    source touches no network.  A folder is a whole model's, or the UNet's own.  Raises InputError
-    naming what was looked for.
+    `source` is a local folder, a local .safetensors file, a Hugging Face repository id or "tiny"; a
+    local source touches no network.  A folder is a whole model's, or the UNet's own.  Raises
+    InputError naming what was looked for.
     """
-    path = Path(source).expanduser()
+    path = local(source)
     if path.is_dir():
         for folder in (path / part, path) if part == "unet" else (path / part,):
             for name in WEIGHT_FILES:
