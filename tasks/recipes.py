@@ -124,7 +124,7 @@ def tiny(recipe: Recipe) -> Recipe:
     if recipe.task == "seg":
         return replace(recipe, model=model, protocol=replace(recipe.protocol, scale=None))
     if recipe.task == "refer":                           # words take longer than classes
-        return replace(recipe, model=model, iterations=2400, eval_every=600, save_every=600)
+        return replace(recipe, model=model, iterations=6000, eval_every=1000, save_every=500)
     recipe = replace(recipe, schedule="poly")
     if recipe.task == "depth":
         model = replace(model, max_depth=80.0)
