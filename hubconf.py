@@ -38,7 +38,9 @@ def check_names() -> None:
                   if name.split(".")[0] in NAMES})
     for name, spec in specs.items():
         places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
-        if not any(HERE in Path(place).resolve().parents for place in places if place):
+        own = HERE / name.split(".")[0]                  # not in a venv/ of this folder, say
+        files = {Path(place).resolve() for place in places if place}
+        if not any({own, own.with_suffix(".py")} & {file, *file.parents} for file in files):
             raise ImportError(f"the module {name} of this process is {places or 'made by hand'}, "
                               f"not the one in {HERE}: load the model in a process without it, or "
                               "rename it")

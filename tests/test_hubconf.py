@@ -25,7 +25,8 @@ model = torch.hub.load({root!r}, "metaprompts", {run!r}, source="local", device=
                        precision="float32")
 model.predict("photo.jpg").tofile("labels.bin")
 names = {{name.split(".")[0] for name, module in sys.modules.items()
-          if {root!r} in (getattr(module, "__file__", None) or "")}}
+          if {root!r} in (getattr(module, "__file__", None) or "")
+          and "site-packages" not in module.__file__}}   # of a virtual environment in our folder
 print(json.dumps([sorted(names), {root!r} in sys.path]))
 """
 
