@@ -194,6 +194,17 @@ def check_folder(flag: str, folder: str) -> None:
         raise InputError(f"{flag} {folder} can't be written: {error}") from None
 
 
+def check_new_file(flag: str, text: str, suffix: str) -> Path:
+    """The file to write; InputError if it can't be, is there already, or has another suffix."""
+    path = Path(text)
+    if path.suffix != suffix:
+        raise InputError(f"{flag} {text}: its name must end in {suffix}")
+    if path.exists():
+        raise InputError(f"{flag} {path} exists: give another name, or remove it")
+    check_folder(flag, str(path.parent))
+    return path
+
+
 def settle(recipe: Recipe, args, config: Config) -> Recipe:
     """The recipe of this evaluation: the model's own config, --tta, --boxes, --max-side."""
     for name, own in (("task", config.task), ("method", methods.method_of(config))):
@@ -280,6 +291,7 @@ def summary(metrics: dict) -> str:
 def write_report(path: Path, report: dict) -> None:
     """Write a report as strict JSON, which knows no nan: null stands for it."""
     def clean(value):
+        """The value, its nan as None, in lists, too."""
         if isinstance(value, list):
             return [clean(v) for v in value]
         return None if isinstance(value, float) and np.isnan(value) else value

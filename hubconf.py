@@ -33,13 +33,13 @@ def check_names() -> None:
     """ImportError naming a module of this process, or one that Python finds before ours, which has
     a name of ours.
     """
-    specs = {name: importlib.util.find_spec(name) for name in NAMES if name not in sys.modules}
-    specs.update({name: getattr(module, "__spec__", None) for name, module in sys.modules.items()
+    found = {name: importlib.util.find_spec(name) for name in NAMES if name not in sys.modules}
+    found.update({name: getattr(module, "__spec__", None) for name, module in sys.modules.items()
                   if name.split(".")[0] in NAMES})
-    for name, spec in specs.items():
-        places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
+    for name, place in found.items():
+        places = [place.origin, *(place.submodule_search_locations or ())] if place else []
         own = HERE / name.split(".")[0]                  # not in a venv/ of this folder, say
-        files = {Path(place).resolve() for place in places if place}
+        files = {Path(text).resolve() for text in places if text}
         if not any({own, own.with_suffix(".py")} & {file, *file.parents} for file in files):
             raise ImportError(f"the module {name} of this process is {places or 'made by hand'}, "
                               f"not the one in {HERE}: load the model in a process without it, or "

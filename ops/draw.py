@@ -176,6 +176,7 @@ def draw_bars(pen: ImageDraw.ImageDraw, values: list[list[float]], left: int, to
     bottom, font = top + ROW * len(values), ImageFont.load_default(13)
 
     def at(value: float) -> float:
+        """Where a bar of this value ends, pixels from the left."""
         return left + BAR * min(max(value / high, 0), 1)
 
     for row, mean, spread, y in zip(values, means, spreads, range(top + ROW // 2, bottom, ROW)):

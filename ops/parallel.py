@@ -185,12 +185,14 @@ class AllReduceSum(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        """x of any shape -> the sum over processes."""
         x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
         return x
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
+        """Everyone's sum depends on this process's x."""
         return AllReduceSum.forward(ctx, grad)
 
 
@@ -199,12 +201,14 @@ class AllToAll(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        """(W * n, P) -> n rows of each process."""
         received = torch.empty_like(x, memory_format=torch.contiguous_format)
         dist.all_to_all_single(received, x.contiguous())
         return received
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
+        """The exchange is its own inverse."""
         return AllToAll.forward(ctx, grad)
 
 
@@ -216,6 +220,7 @@ class Normalise(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
+        """(B, C, H, W) normalised; mean and variance (C,), without gradient."""
         own = torch.stack(torch.var_mean(x.to(weight.dtype), (0, 2, 3), correction=0))
         variances, means = everyones(own).unbind(1)                              # (W, C)
         mean = means.mean(0)
@@ -226,6 +231,7 @@ class Normalise(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
+        """Gradients of x, weight and bias: x's depends on everyone's mean and variance."""
         x, weight, mean, scale = ctx.saved_tensors
         mean, scale, gain = (v[:, None, None] for v in (mean, scale, weight * scale))
         grad, normal = grad.to(weight.dtype), (x.to(weight.dtype) - mean) * scale

@@ -185,7 +185,8 @@ def heatmap_targets(keypoints: Tensor, crop: tuple[int, int], size: tuple[int, i
     outside = (first[..., 0] >= w) | (first[..., 1] >= h) | (last + 1 < 0).any(-1)
     weight = ((keypoints[..., 2] >= 0.5) & ~outside).float()
 
-    def profile(axis: int, length: int) -> Tensor:   # (B, 17, length): the blob along one axis
+    def profile(axis: int, length: int) -> Tensor:
+        """(B, 17, length): the blob along one axis."""
         at = torch.arange(length, device=keypoints.device, dtype=torch.float64)
         inside = (at >= first[..., axis, None]) & (at <= last[..., axis, None])
         distance = at - center[..., axis, None].double()
@@ -260,7 +261,8 @@ def decode(heatmaps: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
     blurred = blur_matrix(h, kernel, maps.device) @ maps @ blur_matrix(w, kernel, maps.device)
     gain = score.double() / blurred.amax(dim=(-2, -1))               # the blur lowers the peak
 
-    def near(dx: int, dy: int) -> Tensor:            # (B, 17) log at an offset; edges replicated
+    def near(dx: int, dy: int) -> Tensor:
+        """(B, 17) logarithm at an offset from the peak; edges replicated."""
         at = (y + dy).clamp(0, h - 1) * w + (x + dx).clamp(0, w - 1)
         value = blurred.flatten(2).gather(2, at[..., None])[..., 0] * gain
         return value.clamp(0.001, 50).log()

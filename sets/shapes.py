@@ -103,6 +103,7 @@ def face(rng: np.random.Generator, head, r: float) -> tuple:
     look = uniform(rng, -0.6, 0.6)                              # the head turns on the neck
 
     def point(left, up):
+        """On the ball, at angles in radians from the look."""
         (cl, sl), (cu, su) = cos_sin(look + left), cos_sin(up)
         return along(head, (cu * sl, su, cu * cl), r)
 
@@ -170,6 +171,7 @@ def stand(rng, tall: float, x: float, z: float, owner: int, material: int) -> tu
     lift = -min(p[1] - r for start, end, r, _ in parts for p in (start, end))
 
     def world(p):
+        """From the body's coordinates to the scene's, metres."""
         return x - c * p[0] + s * p[2], p[1] + lift, z + s * p[0] + c * p[2]
 
     return [world(p) for p in joints], [

@@ -69,11 +69,13 @@ def shareable(recipe: Recipe) -> Recipe:
     first stage.
     """
     def without_paths(settings) -> dict:
+        """Defaults of the texts that may be paths."""
         return {field.name: field.default for field in fields(settings)
                 if isinstance(getattr(settings, field.name), str)
                 and getattr(settings, field.name) != CAPTIONS and field.name not in KEPT}
 
     def public(source: str | None) -> str | None:
+        """A source that others have, too, else LOCAL."""
         on_hub = HUB_ID.fullmatch(source or "") and not Path(source).exists()
         return source if source in ("tiny", None) or on_hub else LOCAL
 

@@ -61,6 +61,7 @@ def windows(height: int, width: int, crop: int, stride: int) -> list[tuple[int, 
     An image smaller than `crop` gives one smaller window, without padding.
     """
     def starts(length: int) -> list[int]:
+        """Where the windows along one side begin."""
         count = max(length - crop + stride - 1, 0) // stride + 1
         return [max(min(i * stride + crop, length) - crop, 0) for i in range(count)]
 
@@ -200,6 +201,7 @@ def evaluate(model: MetaPromptModel, dataset, protocol: Protocol, dtype: torch.d
 def report(metrics: dict, dataset) -> None:
     """Print per-class IoU and accuracy in percent, then the means; n/a: absent, not predicted."""
     def percent(value: float) -> str:
+        """A share as text."""
         return "  n/a" if np.isnan(value) else f"{100 * value:5.2f}"
 
     names = dataset.classes.names

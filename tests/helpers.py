@@ -1,16 +1,19 @@
 """What several test files share: tiny models and recipes, commands run in this process."""
 import json
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import train
 from ops.errors import run_command
 from sets import shapes
 from tasks.flags import resolve
+from tasks.recipes import read_recipe
 
 TINY = ["--init", "random", "--unet-channels", "16", "16", "32", "32", "--unet-groups", "8",
         "--unet-context-dim", "16", "--unet-latent-channels", "4", "--vae-channels", "8", "8", "16",
@@ -32,6 +35,20 @@ def refused(command, monkeypatch, capsys, *flags):
     with pytest.raises(SystemExit) as stop:
         run_command(command)
     return stop.value.code, capsys.readouterr().err
+
+
+def repeat_last_step(folder, again):
+    """Take up a copy of a finished run at the checkpoint before its last; the weights must come out
+    the same, to the bit.  Returns the recipe as read from the copy.
+    """
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "last")                        # last.previous is a step before
+    resumed = replace(read_recipe(again / "recipe.json"), out=str(again))
+    train.train(resumed, resume=True)
+    before, after = (load_file(place / "last" / "model.safetensors") for place in (folder, again))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    return resumed
 
 
 def make_folder(root, sizes=((80, 70),) * 4):

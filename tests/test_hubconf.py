@@ -73,8 +73,8 @@ def test_the_entry_point_refuses_what_the_commands_refuse(run, tmp_path):
 def test_a_process_with_modules_of_these_names_is_refused(run, tmp_path, monkeypatch, name):
     """Already imported: the message names the module and its file."""
     (tmp_path / "theirs.py").touch()
-    spec = importlib.util.spec_from_file_location(name, tmp_path / "theirs.py")
-    monkeypatch.setitem(sys.modules, name, importlib.util.module_from_spec(spec))
+    place = importlib.util.spec_from_file_location(name, tmp_path / "theirs.py")
+    monkeypatch.setitem(sys.modules, name, importlib.util.module_from_spec(place))
     with pytest.raises(ImportError, match=f"the module {name} of this process is .*theirs.py"):
         load(run)
 

@@ -333,6 +333,7 @@ def title(report: dict) -> str:
 def cells(report: dict) -> list[list[str]]:
     """The table as text: a header, then a row per variant."""
     def number(value: float | None, sign: str = "") -> str:
+        """A value as text."""
         return "n/a" if value is None else f"{value:{sign}.4f}"
 
     table = [["variant", "what it changes", "mean", "std", "vs baseline", "95 %", "seeds", "paper",

@@ -34,12 +34,14 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN", help="run folder of train.py, or a saved model")
     parser.add_argument("out", metavar="FILE", help="the .pt2 file to write")
     args = parser.parse_args()
-    out, source = check_out(args.out), evaluation.find_checkpoint(args.run, "RUN")
+    out = evaluation.check_new_file("FILE", args.out, ".pt2")
+    source = evaluation.find_checkpoint(args.run, "RUN")
     model = own_memory(methods.load(source)).requires_grad_(False)
     step = side_step(model.config)
     print(f"model      {source}: {model.config.task}, {methods.method_of(model.config)}\n"
           f"sides      multiples of {step}, {least_side(step)} or more; any number of images",
           flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     new = out.with_name(out.name.removesuffix(".pt2") + ".tmp.pt2")
     try:
         torch.export.save(exported(model, step), new)
@@ -49,19 +51,6 @@ def main() -> None:
         new.unlink(missing_ok=True)
     text = ", text=states" if model.config.task == "refer" else ""
     print(f"wrote {out}: torch.export.load({str(out)!r}).module()(images{text})")
-
-
-def check_out(text: str) -> Path:
-    """The file to write; InputError if it can't be, or is there already."""
-    out = Path(text)
-    if out.suffix != ".pt2":
-        raise InputError(f"{text}: the file's name must end in .pt2")
-    if out.exists():
-        raise InputError(f"{out} exists: give another name, or remove it")
-    if not out.parent.is_dir():
-        raise InputError(f"{out.parent} is no folder: make it, or give another name")
-    evaluation.check_folder("the folder", str(out.parent))
-    return out
 
 
 def side_step(config) -> int:

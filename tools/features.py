@@ -118,6 +118,7 @@ def photos(source: str, out: Path, max_side: int) -> tuple[list[str], list[np.nd
     files = [files[len(files) * i // count] for i in range(count)]
 
     def picture(i: int) -> np.ndarray:
+        """The i-th file as the model gets it; InputError if it can't be read."""
         return bounded(load_image(root / files[i]), max_side)
 
     good, skipped = readable(picture, count)

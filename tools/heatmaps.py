@@ -62,6 +62,7 @@ def main() -> None:
     ready = task.prepare(recipe, args.boxes)
 
     def picture(i: int) -> np.ndarray:
+        """The i-th file as the model gets it; InputError if it can't be read."""
         return task.view(load_image(root / files[i]), files[i], recipe, ready)
 
     good, skipped = readable(picture, len(files))

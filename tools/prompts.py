@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import eval as evaluation
-from ops.errors import InputError, run_command
+from ops.errors import run_command
 from sets.ade20k import read_names
 from tasks.flags import Parser
 from vpd.prompts import IMAGENET, ONE, embed_names
@@ -34,23 +34,13 @@ def main() -> None:
     parser.add_argument("--average", action="store_true",
                         help="average CLIP's 80 sentences instead of one")
     args = parser.parse_args()
-    out, names = check_out(args.out), read_names(Path(args.classes))
+    out = evaluation.check_new_file("--out", args.out, ".safetensors")
+    names = read_names(Path(args.classes))
     rows = embed_names(names, IMAGENET if args.average else ONE, args.backbone)
     write(out, rows)
     norms = rows.norm(dim=1)
     print(f"wrote {out}: {len(rows)} names, {rows.shape[1]} wide, norms {norms.min():.1f} to "
           f"{norms.max():.1f}")
-
-
-def check_out(text: str) -> Path:
-    """The file to write; InputError if it can't be, or is there already."""
-    out = Path(text)
-    if out.suffix != ".safetensors":
-        raise InputError(f"--out {text}: its name must end in .safetensors")
-    if out.exists():
-        raise InputError(f"--out {out} exists: give another name, or remove it")
-    evaluation.check_folder("--out", str(out.parent))
-    return out
 
 
 def write(path: Path, rows: torch.Tensor) -> None:
