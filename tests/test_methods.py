@@ -25,7 +25,6 @@ from tasks.recipes import ROWS, find_recipe
 from tools import ablate, heatmaps, memory
 from unet import UNetConfig
 from vae import VAEConfig
-from vpd.model import VPDModel
 from vpd.prompts import IMAGENET, ONE, embed_names
 from weights.files import TINY_SD
 

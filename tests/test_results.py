@@ -9,7 +9,6 @@ ablation.json to docs/runs/ablation-TASK; tests/test_paper.py prints what PAPER.
 import json
 import re
 import statistics
-from pathlib import Path
 
 import pytest
 from documents import ROOT, TEXTS, rows_of

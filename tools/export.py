@@ -12,7 +12,6 @@ What the model's forward gives: logits, metres or heatmaps, before any window, s
 of the protocol.  Any number of images, of any size within what is printed.  Weights are float32.
 Before the file gets its name it is loaded, and its answers are compared with the model's.
 """
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
