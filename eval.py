@@ -44,7 +44,7 @@ from tasks.recipes import check as check_recipe
 from weights.checkpoint import write_json, write_text
 
 COMMANDS = ("checkpoint", "official", "task", "method", "dataset", "image", "boxes", "tta",
-            "say_protocol", "out", "export", "save", "device", "precision",
+            "say_protocol", "out", "export", "save", "device", "precision", "compile",
             "workers")  # flags that are no settings
 TRAINING = ("train_scenes", "train_json", "augment", "extra_images", "extra_labels", "extra_suffix",
             "extra_label_ids")  # settings of a data set that only its training split has
@@ -67,6 +67,8 @@ def main() -> None:
     print(f"model      {source}: {model.config}\nprotocol   {recipe.protocol}\n"
           f"device     {device}, {dtype}\nout        {out}")
     methods.with_reader(model.to(device).eval(), recipe.backbone)
+    if args.compile:
+        methods.compile_parts(model)
     if args.image:
         predict_pictures(model, recipe, args, out, dtype)
     else:
@@ -134,6 +136,8 @@ def command_parser(recipe: Recipe, sections: tuple[str, ...]) -> Parser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"],
                         help="default: auto; float32 for an --official file")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the model, for each size of image: for large sets of one size")
     parser.add_argument("--workers", type=int, default=1, help="processes that load data")
     add_flags(parser, recipe, sections, leave_out=(*COMMANDS, *TRAINING))
     return parser

@@ -19,7 +19,7 @@ from ops.settings import comments
 from sets import shapes
 from sets.embedded import COLOURS
 from sets.files import load_label
-from tasks import TASKS
+from tasks import TASKS, methods
 from tasks.flags import show
 from tasks.recipes import RECIPES, read_recipe
 
@@ -120,6 +120,19 @@ def test_a_set_with_tta_and_flags(runs, monkeypatch, tmp_path):
     assert report["protocol"]["ratios"] == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
     assert report["protocol"]["flip"] and report["protocol"]["at_once"] == 1
     assert report["images"] == 1
+
+
+def test_a_compiled_model_has_the_same_metrics(runs, monkeypatch, tmp_path):
+    """--compile replaces the model's parts by their graphs, whose answers are the same."""
+    graphs, make = [], methods.compile_parts
+    monkeypatch.setattr(methods, "compile_parts", lambda model: make(
+        model, lambda graph, inputs: graphs.append(graph) or graph))
+    reports = []
+    for flags in ((), ("--compile",)):
+        assert not graphs
+        asked(monkeypatch, "--checkpoint", runs / "seg", "--out", tmp_path / f"o{flags}", *flags)
+        reports.append(json.loads((tmp_path / f"o{flags}" / "metrics.json").read_text()))
+    assert reports[0] == reports[1] and len(graphs) > 5
 
 
 def test_reports_are_strict_json(tmp_path):
