@@ -137,7 +137,7 @@ def command_parser(recipe: Recipe, sections: tuple[str, ...]) -> Parser:
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"],
                         help="default: auto; float32 for an --official file")
     parser.add_argument("--compile", action="store_true",
-                        help="compile the model, for each size of image: for large sets of one size")
+                        help="compile the model for each size of image: large sets of one size")
     parser.add_argument("--workers", type=int, default=1, help="processes that load data")
     add_flags(parser, recipe, sections, leave_out=(*COMMANDS, *TRAINING))
     return parser

@@ -47,7 +47,7 @@ class Config:
     class_names: tuple[str, ...] = ()
     head_channels: int = 512  # official: UPerHead 512, depth decoder 192
     max_depth: float = 10.0  # depth, metres: 10 on NYU v2, 80 on KITTI
-    resize_scale: int = 0  # depth, s: sides become (side // 64 + s) * 64 (official: 1 NYU, 2 KITTI)
+    resize_scale: int = 0  # s: sides become (side // 64 + s) * 64; official: depth, 1 NYU, 2 KITTI
     deconv_channels: tuple[int, ...] = (256,)  # pose: each doubles stride 8's maps; ours
     sigma: float = 4.0  # pose: of a joint's blob, in heatmap pixels; ours, for 576x448
     dropout: float = 0.0  # on channels, before the classifier: 0 on ADE20K, 0.1 on Cityscapes

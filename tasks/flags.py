@@ -30,7 +30,7 @@ UNFIT = re.compile(r"^$|[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # as a word of a com
 FOUND_OUT = ("task", "method", "class_names", "num_classes", "fixed_prompts",
              "caption_prompts")  # no flags
 UNUSED = {  # fields of the model and the run that a method's task does not read
-    ("meta-prompts", "seg"): ("max_depth", "resize_scale", "deconv_channels", "sigma", "crop_width",
+    ("meta-prompts", "seg"): ("max_depth", "deconv_channels", "sigma", "crop_width",
                               "scene_types"),
     ("meta-prompts", "depth"): ("dropout", "deconv_channels", "sigma", "crop_width",
                                 "scene_types"),

@@ -109,11 +109,14 @@ TINY_VAE = VAEConfig((16, 32, 64, 64), layers=1, latent_channels=8, groups=8)
 def tiny(recipe: Recipe) -> Recipe:
     """The recipe on the tiny backbone, for a CPU and minutes: ours.
 
-    Optimiser, rates and passes are what segmentation did best with (docs/RESULTS.md).
+    Optimiser, rates and passes are what segmentation did best with.  So are sizes: the UNet sees
+    an eighth of them, and of 128 pixels that is little (docs/RESULTS.md).
     """
+    photographs = recipe.dataset == "folder"
+    side = 192 if photographs or recipe.task == "pose" else 128
     model = replace(recipe.model, unet=TINY_UNET, vae=TINY_VAE)
     recipe = replace(recipe, backbone="tiny", iterations=550, batch=16, micro_batch=16, lr=5e-3,
-                     unet_lr_mult=0.15, muon_lr=0.02, weight_decay=1e-2, warmup=20, crop=128,
+                     unet_lr_mult=0.15, muon_lr=0.02, weight_decay=1e-2, warmup=20, crop=side,
                      workers=0, gradient_checkpointing=False, log_every=10, eval_every=275,
                      save_every=275)
     if recipe.method == "vpd":
@@ -122,7 +125,9 @@ def tiny(recipe: Recipe) -> Recipe:
         model = replace(model, num_prompts=32 if recipe.task == "seg" else 64, head_channels=32,
                         refine_steps=1)
     if recipe.task == "seg":
-        return replace(recipe, model=model, protocol=replace(recipe.protocol, scale=None))
+        recipe = replace(recipe, model=model, protocol=replace(recipe.protocol, scale=None))
+        return recipe if recipe.method == "vpd" or photographs else replace(
+            recipe, model=replace(model, resize_scale=1), iterations=600, batch=8, micro_batch=8)
     if recipe.task == "refer":                           # words take longer than classes
         return replace(recipe, model=model, iterations=6000, eval_every=1000, save_every=500)
     recipe = replace(recipe, schedule="poly")
@@ -130,8 +135,8 @@ def tiny(recipe: Recipe) -> Recipe:
         model = replace(model, max_depth=80.0)
         model = model if recipe.method == "vpd" else replace(model, resize_scale=0)
         return replace(recipe, model=model, iterations=1000, eval_every=500, save_every=500)
-    model = replace(model, sigma=2.0, deconv_channels=(64,))
-    return replace(recipe, model=model, crop_width=128, clip=0.0, iterations=500, eval_every=250,
+    model = replace(model, sigma=3.0, deconv_channels=(64,))
+    return replace(recipe, model=model, crop_width=side, clip=0.0, iterations=500, eval_every=250,
                    save_every=250)
 
 

@@ -189,7 +189,7 @@ BAD_FLAGS = [
     (["--task", "flow"], "flow is unknown"),
     (["--micro-batch", "1"], "BatchNorm"),
     (["--batch", "5"], "no multiple of --micro-batch"),
-    (["--crop", "100"], "no multiple of 64"),
+    (["--crop", "100", "--resize-scale", "0"], "no multiple of 64"),
     (["--unet-channels", "32", "44", "64", "64"], "multiples of"),
     (["--vae-channels", "32", "32"], "--vae-channels (32, 32): four multiples of --vae-groups"),
     (["--unet-num-heads", "3"], "four multiples of --unet-num-heads 3"),
