@@ -127,7 +127,8 @@ def tiny(recipe: Recipe) -> Recipe:
     if recipe.task == "seg":
         recipe = replace(recipe, model=model, protocol=replace(recipe.protocol, scale=None))
         return recipe if recipe.method == "vpd" or photographs else replace(
-            recipe, model=replace(model, resize_scale=1), iterations=600, batch=8, micro_batch=8)
+            recipe, model=replace(model, resize_scale=1), iterations=600, batch=8, micro_batch=8,
+            eval_every=300, save_every=300)
     if recipe.task == "refer":                           # words take longer than classes
         return replace(recipe, model=model, iterations=6000, eval_every=1000, save_every=500)
     recipe = replace(recipe, schedule="poly")

@@ -1,7 +1,7 @@
 """The paper's ablations (Table 5) in one command: every variant with several seeds, one table.
 
     python -m tools.ablate --task seg                    embedded scenes, 13 variants x 3 seeds
-    python -m tools.ablate --task depth --iterations 60 --seeds 2
+    python -m tools.ablate --task depth --iterations 150 --seeds 2
     python -m tools.ablate --task seg --variants no-rearrangement static-timestep
 
 Takes train.py's flags, too.  Each run is an ordinary one in OUT/VARIANT-seedK, its output in
