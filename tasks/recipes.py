@@ -109,11 +109,10 @@ TINY_VAE = VAEConfig((16, 32, 64, 64), layers=1, latent_channels=8, groups=8)
 def tiny(recipe: Recipe) -> Recipe:
     """The recipe on the tiny backbone, for a CPU and minutes: ours.
 
-    Optimiser, rates and passes are what segmentation did best with.  So are sizes: the UNet sees
-    an eighth of them, and of 128 pixels that is little (docs/RESULTS.md).
+    Optimiser, rates and passes are what segmentation did best with; sizes, what people and
+    photographs did: the UNet sees an eighth of them (docs/RESULTS.md).
     """
-    photographs = recipe.dataset == "folder"
-    side = 192 if photographs or recipe.task == "pose" else 128
+    side = 192 if recipe.dataset == "folder" or recipe.task == "pose" else 128
     model = replace(recipe.model, unet=TINY_UNET, vae=TINY_VAE)
     recipe = replace(recipe, backbone="tiny", iterations=550, batch=16, micro_batch=16, lr=5e-3,
                      unet_lr_mult=0.15, muon_lr=0.02, weight_decay=1e-2, warmup=20, crop=side,
@@ -125,10 +124,7 @@ def tiny(recipe: Recipe) -> Recipe:
         model = replace(model, num_prompts=32 if recipe.task == "seg" else 64, head_channels=32,
                         refine_steps=1)
     if recipe.task == "seg":
-        recipe = replace(recipe, model=model, protocol=replace(recipe.protocol, scale=None))
-        return recipe if recipe.method == "vpd" or photographs else replace(
-            recipe, model=replace(model, resize_scale=1), iterations=600, batch=8, micro_batch=8,
-            eval_every=300, save_every=300)
+        return replace(recipe, model=model, protocol=replace(recipe.protocol, scale=None))
     if recipe.task == "refer":                           # words take longer than classes
         return replace(recipe, model=model, iterations=6000, eval_every=1000, save_every=500)
     recipe = replace(recipe, schedule="poly")
@@ -141,9 +137,13 @@ def tiny(recipe: Recipe) -> Recipe:
                    save_every=250)
 
 
+SCENES = tiny(SEG)
+SCENES = replace(  # enlarged from 128 to 192 pixels before the encoder, as depth's images are
+    SCENES, dataset="shapes", files=Scenes(), model=replace(SCENES.model, resize_scale=1),
+    protocol=seg.Protocol(at_once=16), iterations=600, batch=8, micro_batch=8, eval_every=300,
+    save_every=300)
 RECIPES = {
-    ("seg", "shapes"): replace(tiny(SEG), dataset="shapes", files=Scenes(),
-                               protocol=seg.Protocol(at_once=16)),
+    ("seg", "shapes"): SCENES,
     ("seg", "folder"): replace(SEG, dataset="folder", files=SegFolder(),  # ours: ADE20K's, at
                                protocol=seg.Protocol()),                  # the images' own size
     ("seg", "ade20k"): SEG,

@@ -253,9 +253,9 @@ def test_a_tiny_backbone_changes_a_row(tmp_path):
     """--backbone tiny makes a row of files small; what is given besides is kept."""
     made = resolve(["--dataset", "ade20k", "--data", "x", "--backbone", "tiny", "--crop", "64",
                     "--out", str(tmp_path)])[0]
-    small = RECIPES["seg", "shapes"]
-    assert made.model == small.model and made.crop == 64
-    assert (made.iterations, made.files.data) == (small.iterations, "x")
+    small = RECIPES["seg", "shapes"]                     # whose scenes are enlarged, as a whole
+    assert made.model == replace(small.model, resize_scale=0) and made.crop == 64
+    assert (made.lr, made.iterations, made.files.data) == (small.lr, 550, "x")
 
 
 def test_runs_are_numbered(tmp_path, monkeypatch):
