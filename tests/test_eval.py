@@ -86,7 +86,7 @@ def test_help_shows_the_runs_values(runs, monkeypatch, capsys):
 # A labelled set
 
 @pytest.mark.parametrize("task, metric, width", [("seg", "mIoU", 3 * 192), ("depth", "rmse", 768),
-                                                 ("pose", "AP", 3 * 384)])
+                                                 ("pose", "AP", 3 * 576)])
 def test_a_set_is_evaluated(runs, tmp_path, monkeypatch, capsys, task, metric, width):
     """Says what it will do, prints the metrics, writes them and pictures; poses as COCO results."""
     asked(monkeypatch, "--checkpoint", runs / task, "--out", tmp_path / "o")
