@@ -137,13 +137,11 @@ def tiny(recipe: Recipe) -> Recipe:
                    save_every=250)
 
 
-SCENES = tiny(SEG)
-SCENES = replace(  # enlarged from 128 to 192 pixels before the encoder, as depth's images are
-    SCENES, dataset="shapes", files=Scenes(), model=replace(SCENES.model, resize_scale=1),
-    protocol=seg.Protocol(at_once=16), iterations=600, batch=8, micro_batch=8, eval_every=300,
-    save_every=300)
 RECIPES = {
-    ("seg", "shapes"): SCENES,
+    ("seg", "shapes"): replace(  # 128 pixels are enlarged to 192, by the rule of depth's images
+        tiny(replace(SEG, model=Config(resize_scale=1))), dataset="shapes", files=Scenes(),
+        protocol=seg.Protocol(at_once=16), iterations=600, batch=8, micro_batch=8, eval_every=300,
+        save_every=300),
     ("seg", "folder"): replace(SEG, dataset="folder", files=SegFolder(),  # ours: ADE20K's, at
                                protocol=seg.Protocol()),                  # the images' own size
     ("seg", "ade20k"): SEG,
