@@ -10,6 +10,7 @@ import re
 import types
 import typing
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 
 from ops.errors import InputError
 
@@ -50,6 +51,7 @@ LIMITS = {
 LINE = re.compile(r"    (\w+): .*?(?:  # (.*))?$")  # of a field: its name and its comment
 
 
+@cache  # inspect parses the whole file of each class
 def comments(kind: type) -> dict[str, str]:
     """Field name -> its comment, "" if it has none; of the base classes, too."""
     found = {}
