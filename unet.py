@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ops.rounding import widen
 from weights.files import SD15, assemble, read_part, unet_sizes
 
 
@@ -77,6 +78,19 @@ class ResnetBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over the last two dimensions, fused: (.., L, d), 2 x (.., N, d).
+
+    On a CPU in float32 or wider: bfloat16's backward pass takes up to eight times as long there
+    where N or d is small (torch 2.13).
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        h = F.scaled_dot_product_attention(widen(q), widen(k), widen(v))
+        return h.to(q.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head attention of tokens to a context; the context is the tokens in self-attention."""
 
@@ -96,7 +110,7 @@ class Attention(nn.Module):
         k = self.to_k(context).view(G, N, self.num_heads, -1)
         v = self.to_v(context).view(G, N, self.num_heads, -1)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (G, heads, *, C/heads)
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = attend(q, k, v)
         return self.to_out[0](h.transpose(1, 2).reshape(B, L, C))
 
     def map(self, x: Tensor, context: Tensor) -> Tensor:

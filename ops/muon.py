@@ -38,12 +38,19 @@ def orthogonalize(batches: list[Tensor]) -> list[Tensor]:
 
 def newton_schulz(gram: Tensor) -> Tensor:
     """(K, m, m) G -> the product of five steps' factors, about G^(-1/2)."""
-    a, b, c = COEFFICIENTS
-    product = identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    for _ in range(5):
-        factor = torch.baddbmm(b * gram, gram, gram, alpha=c) + a * identity
-        product, gram = factor @ product, factor @ gram @ factor
+    product = factor = quintic(gram)
+    for _ in range(4):
+        gram = factor @ gram @ factor                    # of x after the steps so far
+        factor = quintic(gram)
+        product = factor @ product
     return product
+
+
+def quintic(gram: Tensor) -> Tensor:
+    """(K, m, m) G -> a + b G + c G^2: x times it is one step."""
+    a, b, c = COEFFICIENTS
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return torch.baddbmm(b * gram, gram, gram, alpha=c) + a * identity
 
 
 class Muon(AdamW):

@@ -188,6 +188,23 @@ def test_context_and_timestep_matter(pair):
             assert all(relative_error(a, b) > 1e-4 for a, b in zip(other[:3], base[:3]))
 
 
+def test_attention_is_float32_on_a_cpu():
+    """In bfloat16, autocast or not, attention equals float32's on the same values, rounded once:
+    outputs and gradients.
+    """
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 16).bfloat16().requires_grad_() for n in (24, 7, 7))
+    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*wide)
+    expected.sum().backward()
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            h = our.attend(q, k, v)
+        assert h.dtype == torch.bfloat16 and torch.equal(h, expected.bfloat16())
+        for x, grad in zip(wide, torch.autograd.grad(h.sum(), (q, k, v))):
+            assert torch.equal(grad, x.grad.bfloat16())
+
+
 def test_gradient_checkpointing_changes_nothing(pair):
     """Recomputing the blocks gives the same features and gradients, bit for bit."""
     ours = deepcopy(pair[1]).float()

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from eval import check_folder
+from ops.device import autocast, pick_precision
 from ops.errors import InputError, run_command
 from ops.settings import comments
 from pretraining.bpe import save_tokenizer
@@ -50,6 +51,7 @@ from weights.runs import Lock
 # VAL_SEED + index.  From 3 VAL_SEED on for one VAL_SEED, neither has any.
 FIRST_SCENE = 3 * VAL_SEED
 HELD_OUT = FIRST_SCENE + VAL_SEED // 2  # first scene for this file's own figures
+CPU = torch.device("cpu")  # where all of it runs
 
 
 # ------------------------------------------------------------------------------------------------
@@ -250,7 +252,9 @@ def diffusion_loss(model: Denoiser, latents: Tensor, ids: Tensor, settings: Sett
     timesteps = ((torch.arange(B) + torch.rand(B, generator=draws)) * (TIMESTEPS / B)).long()
     clean = latents[rows].float()
     noise = torch.randn(clean.shape, generator=draws)
-    return F.mse_loss(model(add_noise(clean, noise, timesteps), timesteps, texts), noise)
+    with autocast(CPU, pick_precision("auto", CPU)):
+        guess = model(add_noise(clean, noise, timesteps), timesteps, texts)
+    return F.mse_loss(guess.float(), noise)
 
 
 @torch.no_grad()
