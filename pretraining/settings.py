@@ -17,7 +17,7 @@ class Settings:
     size: int = 128  # pixels; side of the scenes
     # Autoencoder
     vae_channels: tuple[int, ...] = (16, 32, 64, 64)  # levels 1/1, 1/2, 1/4, 1/8
-    latent_channels: int = 8  # 4 in Stable Diffusion
+    latent_channels: int = 16  # 4 in Stable Diffusion
     vae_scenes: int = 8192  # rendered at the start and kept in memory
     crop: int = 64  # pixels; side of the crops that the autoencoder is trained on
     vae_batch: int = 16  # crops per step
@@ -32,7 +32,7 @@ class Settings:
     tokens: int = 32  # per caption, start and end counted; 77 in Stable Diffusion
     merges: int = 1000  # of the tokenizer, at most
     # Diffusion
-    unet_channels: tuple[int, ...] = (32, 64, 96, 96)  # 1/8 to 1/64; c0 a multiple of 16
+    unet_channels: tuple[int, ...] = (64, 64, 96, 96)  # 1/8 to 1/64; c0 a multiple of 16
     heads: int = 2  # at every level; 8 in Stable Diffusion
     width: int = 64  # of the text encoder, and so of what cross-attention reads
     text_layers: int = 2  # 12 in Stable Diffusion

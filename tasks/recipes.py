@@ -101,9 +101,9 @@ POSE = Recipe(  # paper A.3; what it leaves open: docs/DIFFERENCES.md
     eval_every=10 * 2341, save_every=2341)
 
 # Our own small Stable Diffusion (weights/tiny-sd), which the embedded scenes are trained on.
-TINY_UNET = UNetConfig((32, 64, 96, 96), layers=1, num_heads=2, context_dim=64, latent_channels=8,
+TINY_UNET = UNetConfig((64, 64, 96, 96), layers=1, num_heads=2, context_dim=64, latent_channels=16,
                        groups=8)
-TINY_VAE = VAEConfig((16, 32, 64, 64), layers=1, latent_channels=8, groups=8)
+TINY_VAE = VAEConfig((16, 32, 64, 64), layers=1, latent_channels=16, groups=8)
 
 
 def tiny(recipe: Recipe) -> Recipe:
@@ -140,8 +140,8 @@ def tiny(recipe: Recipe) -> Recipe:
 RECIPES = {
     ("seg", "shapes"): replace(  # 128 pixels are enlarged to 192, by the rule of depth's images
         tiny(replace(SEG, model=Config(resize_scale=1))), dataset="shapes", files=Scenes(),
-        protocol=seg.Protocol(at_once=16), iterations=600, batch=8, micro_batch=8, eval_every=300,
-        save_every=300),
+        protocol=seg.Protocol(at_once=16), iterations=520, batch=8, micro_batch=8, eval_every=260,
+        save_every=260),
     ("seg", "folder"): replace(SEG, dataset="folder", files=SegFolder(),  # ours: ADE20K's, at
                                protocol=seg.Protocol()),                  # the images' own size
     ("seg", "ade20k"): SEG,

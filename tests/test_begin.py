@@ -52,7 +52,7 @@ def test_the_unet_may_come_from_elsewhere(tmp_path, capsys, method):
         found = getattr(model, part).state_dict()
         assert all(torch.equal(v, tensors[k].float()) for k, v in found.items()), part
     save_file(UNet(replace(unet.config, latent_channels=4)).state_dict(), made.unet)
-    with pytest.raises(InputError, match="the VAE gives 8 latent channels, the UNet reads 4"):
+    with pytest.raises(InputError, match="the VAE gives 16 latent channels, the UNet reads 4"):
         train.build_model(made, ("a", "b"))
 
 
