@@ -30,8 +30,8 @@ from vpd.text import TextEncoder, Tokenizer
 from weights.files import TINY_SD
 from weights.runs import Lock
 
-TOY = Settings(size=64, crop=32, vae_channels=(8, 8, 16, 16), vae_scenes=8, vae_batch=2,
-               vae_steps=4, scenes=12, shard=8, captions=2, held_out=8, merges=50,
+TOY = Settings(size=64, crop=32, vae_channels=(8, 8, 16, 16), latent_channels=8, vae_scenes=8,
+               vae_batch=2, vae_steps=4, scenes=12, shard=8, captions=2, held_out=8, merges=50,
                unet_channels=(16, 16, 32, 32), width=16, text_layers=1, batch=4, steps=4,
                sample_steps=2, save_every=2, warmup=2)
 
