@@ -39,7 +39,7 @@ def batches(dataset, batch: int, workers: int, device: torch.device):
                 drawn = [i for i in range(len(images)) if first + i in chosen]
                 first += len(images)
                 yield samples, enlarged(images), samples["target"].to(device), drawn
-            bar.update(batch)
+            bar.update(len(messages) + sum(len(samples["image"]) for samples in groups))
     if skipped:
         tqdm.write(f"skipped    {len(skipped)} unreadable images: the metrics are of the others")
 

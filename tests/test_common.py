@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ops.errors import InputError
+from tasks import common
 from tasks.common import batches, bounded, merged
 
 
@@ -67,3 +68,18 @@ def test_unreadable_images_are_skipped_and_counted(capsys):
     assert "3.jpg cannot be decoded" in out and "2 unreadable images" in out
     with pytest.raises(InputError, match="3 of 200 images to validate on .* 9.jpg"):
         list(batches(Broken((3, 8, 9)), 4, 0, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("at_once", [1, 16, 300])
+def test_the_bar_ends_at_the_sets_size(monkeypatch, at_once):
+    """Last batches that are not full, and images that cannot be read, are counted as they are."""
+    ends = set()
+
+    class Bar(common.tqdm):
+        def close(self):
+            ends.add((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(common, "tqdm", Bar)
+    list(batches(Broken((3, 8)), at_once, 0, torch.device("cpu")))
+    assert ends == {(200, 200)}
