@@ -23,8 +23,8 @@ def one_thread():
 def test_no_corrupted_input_fails_or_is_wrongly_accepted(tmp_path):
     """Draws of seed 0; `python tests/campaign.py --minutes 60 --seed 1` draws others."""
     kinds = {name: kind for name, kind in campaign.KINDS.items() if name != "whole commands"}
-    found = campaign.run_inputs(kinds, 240, 0, 2, tmp_path, most=4)
-    assert all(sum(counts.values()) >= 4 for counts, _ in found.values())
+    found = campaign.run_inputs(kinds, 240, 0, 2, tmp_path, most=3)
+    assert all(sum(counts.values()) >= 3 for counts, _ in found.values())
     assert [note for _, notes in found.values() for note in notes] == []
 
 
