@@ -127,7 +127,7 @@ PROGRAMS = {  # script or module -> (flags to append, what it must print)
     "eval.py": (lambda words, key: ["--workers", "0", "--device", "cpu"],
                 r"^wrote ([^\s:]+)|^(seg|depth|pose|refer) on \S+$"),
     "tools.ablate": (lambda words, key: train_settings(words, key) + ["--seeds", "1"],
-                     r"^wrote (runs/\S+)/ \("),
+                     r"^wrote (\S+)/ \("),
     "tools.export": (lambda words, key: [], r"^wrote ([^\s:]+): torch.export.load"),
     "tools.features": (no_settings, r"^wrote ([^\s:]+): \d+ pictures"),
     "tools.heatmaps": (no_settings, r"^wrote ([^\s:]+): .*prompts.png$"),
