@@ -133,8 +133,8 @@ def tiny(recipe: Recipe) -> Recipe:
         model = model if recipe.method == "vpd" else replace(model, resize_scale=0)
         return replace(recipe, model=model, iterations=1000, eval_every=500, save_every=500)
     model = replace(model, sigma=3.0, deconv_channels=(64,))
-    return replace(recipe, model=model, crop_width=side, clip=0.0, iterations=500, eval_every=250,
-                   save_every=250)
+    return replace(recipe, model=model, crop_width=side, clip=0.0, iterations=450, eval_every=225,
+                   save_every=225)
 
 
 RECIPES = {
