@@ -140,8 +140,8 @@ def tiny(recipe: Recipe) -> Recipe:
 RECIPES = {
     ("seg", "shapes"): replace(  # 128 pixels are enlarged to 192, by the rule of depth's images
         tiny(replace(SEG, model=Config(resize_scale=1))), dataset="shapes", files=Scenes(),
-        protocol=seg.Protocol(at_once=16), iterations=520, batch=8, micro_batch=8, eval_every=260,
-        save_every=260),
+        protocol=seg.Protocol(at_once=16), iterations=520, batch=8, micro_batch=8, muon_lr=0.014,
+        eval_every=260, save_every=260),
     ("seg", "folder"): replace(SEG, dataset="folder", files=SegFolder(),  # ours: ADE20K's, at
                                protocol=seg.Protocol()),                  # the images' own size
     ("seg", "ade20k"): SEG,
