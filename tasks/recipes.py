@@ -109,8 +109,8 @@ TINY_VAE = VAEConfig((16, 32, 64, 64), layers=1, latent_channels=16, groups=8)
 def tiny(recipe: Recipe) -> Recipe:
     """The recipe on the tiny backbone, for a CPU and minutes: ours.
 
-    Optimiser, rates and passes are what segmentation did best with; sizes, what people and
-    photographs did: the UNet sees an eighth of them (docs/RESULTS.md).
+    Optimiser, rates and passes are what segmentation did best with on a narrower backbone; sizes,
+    what people and photographs did: the UNet sees an eighth of them (docs/RESULTS.md).
     """
     side = 192 if recipe.dataset == "folder" or recipe.task == "pose" else 128
     model = replace(recipe.model, unet=TINY_UNET, vae=TINY_VAE)
@@ -138,7 +138,8 @@ def tiny(recipe: Recipe) -> Recipe:
 
 
 RECIPES = {
-    ("seg", "shapes"): replace(  # 128 pixels are enlarged to 192, by the rule of depth's images
+    # 128 pixels are enlarged to 192, by the rule of depth's images; Muon's rate: best of three
+    ("seg", "shapes"): replace(
         tiny(replace(SEG, model=Config(resize_scale=1))), dataset="shapes", files=Scenes(),
         protocol=seg.Protocol(at_once=16), iterations=520, batch=8, micro_batch=8, muon_lr=0.014,
         eval_every=260, save_every=260),
